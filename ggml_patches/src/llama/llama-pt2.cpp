@@ -1,0 +1,105 @@
+#include "llama-pt2.h"
+
+#include "ggml-backend.h"
+#include "ggml-pt2.h"
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+void llama_pt2_check_version(const gguf_context * metadata) {
+    const int64_t key = gguf_find_key(metadata, PT2_VERSION_KEY);
+    if (key < 0) {
+        return;
+    }
+    if (gguf_get_kv_type(metadata, key) != GGUF_TYPE_UINT32) {
+        throw std::runtime_error(format("%s has type %s instead of u32: not a file that pt2gguf wrote",
+            PT2_VERSION_KEY, gguf_type_name(gguf_get_kv_type(metadata, key))));
+    }
+    const uint32_t version = gguf_get_val_u32(metadata, key);
+    if (version != PT2_VERSION) {
+        throw std::runtime_error(format("%s is %u and this build reads version %u: get a pt2gguf that reads version %u, then run 'pt2gguf build'",
+            PT2_VERSION_KEY, version, PT2_VERSION, version));
+    }
+}
+
+static const std::string PERM_SUFFIX = ".perm";
+
+static bool is_perm_name(const std::string & name) {
+    return name.size() > PERM_SUFFIX.size() &&
+           name.compare(name.size() - PERM_SUFFIX.size(), PERM_SUFFIX.size(), PERM_SUFFIX) == 0;
+}
+
+static void check_perm_shape(const ggml_tensor * perm, const ggml_tensor * weight) {
+    if (!ggml_pt2_is_ternary(weight->type)) {
+        throw std::runtime_error(format("tensor '%s' permutes '%s', which is of type %s instead of tq1_1 or tq2_1",
+            perm->name, weight->name, ggml_type_name(weight->type)));
+    }
+    if (perm->type != GGML_TYPE_I32 || ggml_n_dims(perm) != 1 || perm->ne[0] != weight->ne[0]) {
+        throw std::runtime_error(format("tensor '%s' is not a permutation: it has %lld elements of type %s, and '%s' has %lld columns",
+            perm->name, (long long) ggml_nelements(perm), ggml_type_name(perm->type), weight->name, (long long) weight->ne[0]));
+    }
+}
+
+void llama_pt2_perms::create(llama_model_loader & ml) {
+    for (const auto & [name, entry] : ml.weights_map) {
+        if (!is_perm_name(name)) {
+            continue;
+        }
+        const std::string weight_name = name.substr(0, name.size() - PERM_SUFFIX.size()) + ".weight";
+        for (auto & [key, ctx] : ml.ctx_map) {
+            ggml_tensor * weight = ggml_get_tensor(ctx.get(), weight_name.c_str());
+            if (!weight) {
+                continue;
+            }
+            check_perm_shape(entry.tensor, weight);
+            ggml_tensor * perm = ggml_dup_tensor(ctx.get(), entry.tensor);
+            ggml_set_name(perm, name.c_str());
+            perm_of.emplace(weight, perm);
+            ml.n_created++;
+            break;
+        }
+    }
+}
+
+void llama_pt2_perms::check_data() const {
+    for (const auto & [weight, perm] : perm_of) {
+        std::vector<int32_t> data(perm->ne[0]);
+        ggml_backend_tensor_get(perm, data.data(), 0, ggml_nbytes(perm));
+        std::vector<bool> seen(data.size(), false);
+        for (size_t j = 0; j < data.size(); ++j) {
+            if (data[j] < 0 || (size_t) data[j] >= data.size() || seen[data[j]]) {
+                throw std::runtime_error(format("tensor '%s' is not a permutation of %zu columns: element %zu is %d, %s",
+                    perm->name, data.size(), j, data[j],
+                    data[j] < 0 || (size_t) data[j] >= data.size() ? "out of range" : "which occurs twice"));
+            }
+            seen[data[j]] = true;
+        }
+    }
+}
+
+void llama_pt2_perms::apply(ggml_tensor * node) const {
+    const auto it = perm_of.find(node->src[0]);
+    if (it != perm_of.end()) {
+        ggml_mul_mat_set_perm(node, it->second);
+    }
+}
+
+void llama_pt2_perms::check_graph(ggml_cgraph * graph) const {
+    if (perm_of.empty()) {
+        return;
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        for (int j = 0; j < GGML_MAX_SRC; ++j) {
+            const ggml_tensor * src = node->src[j];
+            const auto it = src ? perm_of.find(src->view_src ? src->view_src : src) : perm_of.end();
+            if (it != perm_of.end() && ggml_mul_mat_get_perm(node) != it->second) {
+                throw std::runtime_error(format("node '%s' (%s) uses '%s' without its column order: this architecture needs a file without '%s' (pt2gguf convert --method with ssr off)",
+                    node->name, ggml_op_name(node->op), it->first->name, it->second->name));
+            }
+        }
+    }
+}

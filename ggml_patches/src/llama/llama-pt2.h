@@ -1,0 +1,34 @@
+// What libllama has to know of pt2gguf's files: their version and their column permutations.
+#pragma once
+
+#include "ggml.h"
+#include "gguf.h"
+
+#include <unordered_map>
+
+struct llama_model_loader;
+
+// Throws unless this build can read the file: one sentence that says which pt2gguf can.
+void llama_pt2_check_version(const gguf_context * metadata);
+
+// The permutations of a model. A ternary weight "x.weight" of a file may have an I32 tensor
+// "x.perm": stored column j of the weight multiplies element perm[j] of its input.
+class llama_pt2_perms {
+public:
+    // Creates the perm tensors beside their weights, in the same buffer type. To be called after
+    // the weights were created and before their data is loaded; throws on a tensor that does not fit.
+    void create(llama_model_loader & ml);
+
+    // Throws on a perm tensor that is not a permutation. To be called after the data was loaded.
+    void check_data() const;
+
+    // Gives a new MUL_MAT or MUL_MAT_ID node the permutation of its weight, if it has one.
+    void apply(ggml_tensor * node) const;
+
+    // Throws if some node uses a permuted weight without its permutation, which would compute
+    // garbage: an architecture whose code multiplies that weight in a way of its own.
+    void check_graph(ggml_cgraph * graph) const;
+
+private:
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> perm_of; // by weight
+};

@@ -1,0 +1,1 @@
+"""The commands of ``pt2gguf``, one module each: its options, and what it does."""

@@ -1,0 +1,253 @@
+"""``pt2gguf convert``: from a Hugging Face checkpoint to a ternary GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pt2gguf.errors import Pt2Error
+
+if TYPE_CHECKING:
+    from pt2gguf.export.llama_cpp import LlamaCpp
+    from pt2gguf.ternary import Method
+
+DEFAULT_LENGTH = 2048
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="ternarize a checkpoint and write it as GGUF",
+        description=(
+            "Ternarizes the decoder layers of a Hugging Face checkpoint and writes a GGUF file. "
+            "Interrupted at any point, the same command goes on where it stopped."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a name on the hub")
+    parser.add_argument("output", metavar="OUT.gguf", type=Path, help="the file to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT.gguf and start afresh")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a line for each tensor")
+
+    file = parser.add_argument_group("the file")
+    file.add_argument(
+        "--type",
+        choices=("tq2_1", "tq1_1"),
+        default="tq2_1",
+        help="tq2_1: 2.25 bits per weight, fastest; tq1_1: 1.875 bits, smallest; same values",
+    )
+    file.add_argument("--output-type", metavar="TYPE", default="q6_k", help="of the output head")
+    file.add_argument("--embedding-type", metavar="TYPE", default="q6_k", help="of the embeddings")
+    file.add_argument(
+        "--tensor-type",
+        metavar="REGEX=TYPE",
+        action="append",
+        default=[],
+        help="keep tensors whose checkpoint or GGUF name matches in a stock type (repeatable)",
+    )
+
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration",
+        metavar="FILE|NAME",
+        action="append",
+        help="text file, data set (wikitext2, c4, ptb) or .npy of token ids (repeatable); "
+        "wikitext2 if not given",
+    )
+    calibration.add_argument("--samples", metavar="N", type=int, default=128, help="windows")
+    calibration.add_argument(
+        "--length",
+        metavar="N",
+        type=int,
+        help=f"tokens in a window; {DEFAULT_LENGTH} or the model's context if not given",
+    )
+    calibration.add_argument("--seed", metavar="N", type=int, default=0, help="of the windows")
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--method",
+        choices=("default", "paper"),
+        default="default",
+        help="default: the best we measured; paper: PT2-LLM as published",
+    )
+    for switch, meaning in (
+        ("itf", "iterative ternary fitting"),
+        ("aga", "activation-aware grid alignment"),
+        ("ssr", "structural similarity reordering"),
+        ("gptq", "GPTQ's compensation between blocks"),
+    ):
+        method.add_argument(f"--no-{switch}", action="store_true", help=f"without {meaning}")
+    method.add_argument("--gptaq", metavar="WEIGHT", type=float, help="weight of GPTAQ's term")
+
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", default="cpu", help="cpu or cuda")
+    running.add_argument("--threads", metavar="N", type=int, help="CPU threads; all if not given")
+    running.add_argument(
+        "--work", metavar="DIR", type=Path, help="work directory; OUT.gguf.work if not given"
+    )
+    running.add_argument("--keep-work", action="store_true", help="keep it after success")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    # PyTorch and transformers take seconds to import: not for --help or a mistyped option.
+    from rich.console import Console
+
+    from pt2gguf.blocks import BLOCK_TYPES
+    from pt2gguf.convert.calibration import load_calibration
+    from pt2gguf.convert.progress import ConsoleReporter
+    from pt2gguf.convert.run import ternarize_checkpoint, usable_device
+    from pt2gguf.export.gguf_file import ExportOptions, write_gguf
+    from pt2gguf.export.llama_cpp import import_llama_cpp
+    from pt2gguf.export.stock_types import parse_stock_type
+    from pt2gguf.export.work_source import WorkSource
+    from pt2gguf.model import Checkpoint
+    from pt2gguf.native.installation import find_installation
+
+    started = time.monotonic()
+    console = Console(highlight=False, soft_wrap=True)
+    _require_writable(options.output, options.force)
+    stock_rules = _parse_tensor_types(options.tensor_type)
+    output_type = parse_stock_type(options.output_type)
+    embedding_type = parse_stock_type(options.embedding_type)
+    method = _method(options)
+    device = usable_device(options.device)
+
+    llama_cpp = import_llama_cpp(find_installation())
+    checkpoint = Checkpoint(_local_directory(options.model))
+    gguf_name = _gguf_namer(llama_cpp, checkpoint)
+
+    def tensor_type(name: str, new_name: str | None) -> str | None:
+        for pattern, stock_type in stock_rules:
+            if pattern.search(name) or (new_name and pattern.search(new_name)):
+                return stock_type
+        return None
+
+    length = options.length or min(
+        DEFAULT_LENGTH, getattr(checkpoint.config, "max_position_embeddings", DEFAULT_LENGTH)
+    )
+    calibration = load_calibration(
+        options.calibration or ["wikitext2"],
+        checkpoint.path,
+        samples=options.samples,
+        length=length,
+        seed=options.seed,
+    )
+    work_directory = options.work or options.output.with_name(options.output.name + ".work")
+    with ternarize_checkpoint(
+        checkpoint,
+        method,
+        calibration,
+        work_directory,
+        keep=lambda name: tensor_type(name, gguf_name(name)) is not None,
+        device=device,
+        threads=options.threads,
+        force=options.force,
+        reporter=ConsoleReporter(console, device, verbose=options.verbose),
+    ) as work:
+        console.print(f"writing {options.output}")
+        write_gguf(
+            checkpoint.path,
+            options.output,
+            WorkSource(work, checkpoint.tensors),
+            ExportOptions(
+                block_type=BLOCK_TYPES[options.type],
+                output_type=output_type,
+                embedding_type=embedding_type,
+                tensor_type=tensor_type,
+                metadata=_metadata(method, calibration.provenance),
+            ),
+            llama_cpp,
+        )
+    if not options.keep_work:
+        shutil.rmtree(work_directory)
+    size = options.output.stat().st_size
+    seconds = time.monotonic() - started
+    console.print(f"{options.output}: {size / 1e6:.2f} MB ({options.type}) in {seconds:.0f} s")
+
+
+def _require_writable(output: Path, force: bool) -> None:
+    if output.is_dir():
+        raise Pt2Error(f"{output} is a directory: name a file, such as {output}/model.gguf")
+    if output.exists() and not force:
+        raise Pt2Error(f"{output} exists: choose another name, or --force to replace it")
+    if not output.parent.is_dir():
+        raise Pt2Error(f"{output.parent} is not a directory: create it, or choose another place")
+    if not os.access(output.parent, os.W_OK):
+        raise Pt2Error(f"{output.parent} is not writable: choose another place for {output.name}")
+
+
+def _parse_tensor_types(rules: list[str]) -> list[tuple[re.Pattern[str], str]]:
+    from pt2gguf.export.stock_types import parse_stock_type
+
+    parsed = []
+    for rule in rules:
+        pattern, equals, name = rule.rpartition("=")
+        if not equals or not pattern:
+            raise Pt2Error(f"--tensor-type {rule!r} is not REGEX=TYPE, such as 'attn_v=q4_k'")
+        try:
+            parsed.append((re.compile(pattern), parse_stock_type(name)))
+        except re.error as error:
+            raise Pt2Error(
+                f"--tensor-type {pattern!r} is not a regular expression: {error}"
+            ) from None
+    return parsed
+
+
+def _method(options: argparse.Namespace) -> Method:
+    from pt2gguf.ternary import METHODS
+
+    switches = ("itf", "aga", "ssr", "gptq")
+    changes: dict[str, Any] = {s: False for s in switches if getattr(options, f"no_{s}")}
+    if options.gptaq is not None:
+        changes["gptaq"] = options.gptaq
+    return dataclasses.replace(METHODS[options.method], **changes)
+
+
+def _local_directory(model: str) -> Path:
+    """The directory of a checkpoint: `model` itself, or what the hub has under that name."""
+    if Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Pt2Error(
+            f"{model} is neither a directory nor to be had from the Hugging Face hub ({reason}): "
+            "check the name, or download the checkpoint and give its directory"
+        ) from None
+
+
+def _gguf_namer(llama_cpp: LlamaCpp, checkpoint: Any) -> Callable[[str], str | None]:
+    """The GGUF name of a checkpoint tensor; None where the converter makes it of several."""
+    architecture = llama_cpp.model_class(checkpoint.path).model_arch
+    names = llama_cpp.gguf.get_tensor_name_map(architecture, checkpoint.config.num_hidden_layers)
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def _metadata(method: Method, provenance: dict[str, Any]) -> dict[str, str | int | float]:
+    """How the model was made, as pt2.* keys."""
+    from pt2gguf import __version__
+
+    switches = dataclasses.asdict(method)
+    values: dict[str, str | int | float] = {
+        "tool_version": __version__,
+        "method": switches.pop("name"),
+        "method.switches": json.dumps(switches, sort_keys=True),
+    }
+    for key, value in provenance.items():
+        if value is not None:
+            plain = value if isinstance(value, (str, int)) else ", ".join(map(str, value))
+            values[f"calibration.{key}"] = plain
+    return values

@@ -1,0 +1,231 @@
+"""Writing the GGUF file: llama.cpp's converter, with ternary weights in place of some tensors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pt2gguf.blocks import BLOCK_SIZE, BlockType
+from pt2gguf.errors import Pt2Error
+from pt2gguf.export.llama_cpp import LlamaCpp
+from pt2gguf.export.rows import RowSource, numbered_elements, read_rows
+from pt2gguf.export.stock_types import fitting_type, teach_gguf_py
+from pt2gguf.ternary import TernaryWeight
+
+FORMAT_VERSION = 1
+"""pt2.version; ``PT2_VERSION`` in ggml-pt2.h."""
+
+
+class TernarySource(Protocol):
+    """The ternary weights of a model, read when they are needed."""
+
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """The shape (n, m) of every ternary weight, by checkpoint name."""
+
+    def weight(self, name: str) -> TernaryWeight:
+        """One of them, with its rows and columns in the order they are to be stored in."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a file is written.
+
+    block_type: of the ternary tensors; output_type, embedding_type: stock types of these two;
+    metadata: the pt2.* keys that say how it was made. Other matrices are F16 unless the converter
+    or `tensor_type` wants otherwise.
+    """
+
+    block_type: BlockType
+    output_type: str
+    embedding_type: str
+    tensor_type: Callable[[str, str], str | None]
+    """(checkpoint name, GGUF name) -> the stock type the user asked for, if any."""
+    metadata: Mapping[str, str | int | float]
+
+
+def write_gguf(
+    checkpoint: Path,
+    output: Path,
+    source: TernarySource,
+    options: ExportOptions,
+    llama_cpp: LlamaCpp,
+) -> None:
+    """Converts `checkpoint` to `output` with the weights of `source` as ternary tensors.
+
+    The file appears under its name only when it is complete; an existing one is replaced.
+
+    Raises:
+        Pt2Error: the architecture is unknown to the converter, or does to a ternary weight what
+            alpha, mu and T cannot follow, or the file cannot be written.
+    """
+    qtypes = [llama_cpp.gguf.GGMLQuantizationType[name] for name in ("Q4_K", "Q5_K", "Q6_K")]
+    teach_gguf_py(llama_cpp.gguf, llama_cpp.ggml_library, qtypes)
+    converter_class = _with_ternary_weights(
+        llama_cpp.model_class(checkpoint), source, options, llama_cpp.gguf
+    )
+    partial_file = output.with_name(output.name + ".part")
+    try:
+        with torch.inference_mode():
+            converter = converter_class(
+                checkpoint, llama_cpp.gguf.LlamaFileType.MOSTLY_F16, partial_file
+            )
+            converter.write()
+        _sync(partial_file)
+        partial_file.replace(output)
+    except OSError as error:
+        raise Pt2Error(
+            f"{output} cannot be written ({error.strerror or error}): free space or choose another "
+            "place; the finished layers are kept"
+        ) from error
+    finally:
+        partial_file.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _with_ternary_weights(
+    base: type[Any], source: TernarySource, options: ExportOptions, gguf: Any
+) -> type[Any]:
+    """A subclass of the converter's class for an architecture that knows the ternary weights."""
+    shapes = source.shapes()
+    names = list(shapes)
+    shapes_by_number = {number: shapes[name] for number, name in enumerate(names)}
+    number_of = {name: number for number, name in enumerate(names)}
+    block_type = options.block_type
+    qtype = gguf.GGMLQuantizationType[block_type.name.upper()]
+
+    class TernaryModel(base):  # type: ignore[misc, valid-type]
+        model_arch = base.model_arch  # the converter wants it on every class
+
+        def get_tensors(self) -> Iterator[tuple[str, Tensor]]:
+            written: set[str] = set()
+            for name, tensor in super().get_tensors():
+                if name in number_of:
+                    self._add_ternary(name)
+                    written.add(name)
+                else:
+                    yield name, tensor
+            missing = number_of.keys() - written
+            if missing:
+                raise Pt2Error(
+                    f"llama.cpp's converter leaves out {len(missing)} of the ternary weights, such "
+                    f"as {min(missing)}: keep them in a stock type with --tensor-type"
+                )
+
+        def _add_ternary(self, name: str) -> None:
+            number = number_of[name]
+            block_index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+            numbered = numbered_elements(number, shapes[name])
+            for new_name, arrived in self.modify_tensors(numbered, name, block_index):
+                rows = read_rows(new_name, arrived, shapes_by_number)
+                self._add_blocks(new_name, rows)
+                self._add_perm(new_name, rows)
+
+        def _add_blocks(self, new_name: str, rows: RowSource) -> None:
+            columns = rows.shape[-1] // BLOCK_SIZE * block_type.block_bytes
+            meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(
+                np.uint8, (*rows.shape[:-1], columns)
+            )
+            packed = gguf.LazyNumpyTensor(
+                meta=meta, args=(), func=partial(_pack_rows, source, names, rows, block_type)
+            )
+            self.gguf_writer.add_tensor(new_name, packed, raw_dtype=qtype)
+
+        def _add_perm(self, new_name: str, rows: RowSource) -> None:
+            perm = _common_perm(new_name, [source.weight(names[n]) for n in _numbers(rows)])
+            if perm is not None:
+                perm_name = new_name.removesuffix(".weight") + ".perm"
+                self.gguf_writer.add_tensor(perm_name, perm.numpy().astype(np.int32))
+
+        def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
+            asked = options.tensor_type(name, new_name)
+            if asked is None and self.match_model_tensor_name(
+                new_name, gguf.MODEL_TENSOR.TOKEN_EMBD, bid
+            ):
+                asked = options.embedding_type
+            if asked is None and self.match_model_tensor_name(
+                new_name, gguf.MODEL_TENSOR.OUTPUT, bid
+            ):
+                asked = options.output_type
+            if asked is None:
+                return super().tensor_force_quant(name, new_name, bid, n_dims)
+            return fitting_type(asked, self._columns(name), gguf)
+
+        def _columns(self, name: str) -> int:
+            return int(self.model_tensors[name]().shape[-1])
+
+        def write(self) -> None:
+            """As the converter's own, without a progress bar in files and pipes."""
+            self.prepare_tensors()
+            self.prepare_metadata(vocab_only=False)
+            self.gguf_writer.write_header_to_file(path=self.fname_out)
+            self.gguf_writer.write_kv_data_to_file()
+            self.gguf_writer.write_tensors_to_file(progress=sys.stderr.isatty())
+            self.gguf_writer.close()
+
+        def prepare_metadata(self, vocab_only: bool) -> None:
+            self.ftype = gguf.LlamaFileType[f"MOSTLY_{block_type.name.upper()}"]
+            super().prepare_metadata(vocab_only)
+            self.gguf_writer.add_uint32("pt2.version", FORMAT_VERSION)
+            self.gguf_writer.add_uint32("pt2.block_size", BLOCK_SIZE)
+            for key, value in options.metadata.items():
+                _add_value(self.gguf_writer, f"pt2.{key}", value)
+
+    return TernaryModel
+
+
+def _numbers(rows: RowSource) -> list[int]:
+    return [int(number) for number in rows.weight.unique()]
+
+
+def _pack_rows(
+    source: TernarySource, names: list[str], rows: RowSource, block_type: BlockType
+) -> NDArray[np.uint8]:
+    """The bytes of one GGUF tensor, its rows gathered from the source weights."""
+    row_bytes = rows.shape[-1] // BLOCK_SIZE * block_type.block_bytes
+    packed = np.empty((len(rows.row), row_bytes), dtype=np.uint8)
+    for number in _numbers(rows):
+        weight = source.weight(names[number])
+        arrived = (rows.weight == number).numpy()
+        origin = rows.row[rows.weight == number]
+        packed[arrived] = block_type.pack(
+            weight.alpha[origin].numpy(), weight.mu[origin].numpy(), weight.digits[origin].numpy()
+        )
+    return packed.reshape(*rows.shape[:-1], row_bytes)
+
+
+def _common_perm(name: str, weights: Iterable[TernaryWeight]) -> Tensor | None:
+    """The column order of the weights that one GGUF tensor holds, which must be one."""
+    perms = [weight.perm for weight in weights]
+    first = perms[0]
+    for perm in perms[1:]:
+        if (perm is None) != (first is None) or (
+            perm is not None and first is not None and not torch.equal(perm, first)
+        ):
+            raise Pt2Error(
+                f"the parts of tensor {name} have different column orders, and a file has one for "
+                "each tensor: convert with --no-ssr"
+            )
+    return first
+
+
+def _add_value(writer: Any, key: str, value: str | int | float) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)

@@ -1,0 +1,65 @@
+"""llama.cpp's converter and gguf-py, imported from the pinned source tree."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pt2gguf.errors import Pt2Error
+from pt2gguf.native.installation import Installation
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """The converter's modules, and the libraries of the same build.
+
+    They are the source tree's: the released gguf package knows fewer types.
+    """
+
+    conversion: ModuleType
+    gguf: ModuleType
+    ggml_library: Path
+
+    def model_class(self, checkpoint: Path) -> type[Any]:
+        """The converter's class for the architecture; raises :class:`Pt2Error` if it has none."""
+        hparams = self.conversion.ModelBase.load_hparams(checkpoint, False)
+        kind = self.conversion.ModelType.TEXT
+        architecture = "unknown"
+        try:
+            architecture = self.conversion.get_model_architecture(hparams, kind)
+            return self.conversion.get_model_class(architecture)
+        except (NotImplementedError, ValueError):
+            raise Pt2Error(
+                f"llama.cpp's converter does not know the architecture {architecture} of "
+                f"{checkpoint}: only models that llama.cpp can run can be converted"
+            ) from None
+
+
+def import_llama_cpp(installation: Installation) -> LlamaCpp:
+    """Imports ``conversion`` and ``gguf`` from the installation's source tree."""
+    source = Path(installation.source)
+    loaded = sys.modules.get("gguf")
+    if loaded is not None and not str(loaded.__file__).startswith(str(source)):
+        raise Pt2Error(
+            f"another gguf package was imported first ({loaded.__file__}): import pt2gguf.export "
+            "before it, or use the command line"
+        )
+    for directory in (source, source / "gguf-py"):
+        if str(directory) not in sys.path:
+            sys.path.insert(0, str(directory))
+    conversion = importlib.import_module("conversion")
+    # The converter reports every tensor, and warns of much that is no concern of the user's.
+    for logger in ("hf-to-gguf", "gguf"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    prefix = "" if sys.platform == "win32" else "lib"
+    return LlamaCpp(
+        conversion=conversion,
+        gguf=importlib.import_module("gguf"),
+        ggml_library=Path(installation.bin) / f"{prefix}ggml-base{suffix}",
+    )

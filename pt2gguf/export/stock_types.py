@@ -1,0 +1,73 @@
+"""The types of tensors that are not ternary, and their quantization by ggml itself.
+
+gguf-py quantizes to some types only; the C library of the same build does the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pt2gguf.errors import Pt2Error
+
+STOCK_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q5_0", "q4_0")
+"""What --output-type, --embedding-type and --tensor-type accept."""
+
+
+def parse_stock_type(name: str) -> str:
+    """The canonical spelling of a type's name; raises :class:`Pt2Error` for others."""
+    if name.lower() not in STOCK_TYPES:
+        raise Pt2Error(f"{name!r} is not a type for this option: choose {', '.join(STOCK_TYPES)}")
+    return name.lower()
+
+
+def fitting_type(name: str, columns: int, gguf: ModuleType) -> Any:
+    """The type `name`, or the nearest larger one whose blocks divide rows of `columns`."""
+    wanted = _qtype(name, gguf)
+    for qtype in (wanted, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16):
+        if columns % gguf.GGML_QUANT_SIZES[qtype][0] == 0:
+            return qtype
+    raise AssertionError("every row length is a multiple of F16's block of one")
+
+
+def _qtype(name: str, gguf: ModuleType) -> Any:
+    return gguf.GGMLQuantizationType[name.upper()]
+
+
+def teach_gguf_py(gguf: ModuleType, library: Path, types: Iterable[Any]) -> None:
+    """Gives gguf-py's quantizer classes ggml's own implementation for `types`.
+
+    For K-quants gguf-py can only dequantize. Blocks are quantized independently of each other.
+    """
+    ggml = ctypes.CDLL(str(library))
+    quantize_chunk = ggml.ggml_quantize_chunk
+    quantize_chunk.restype = ctypes.c_size_t
+    quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+
+    def quantize_blocks(cls: Any, blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
+        source = np.ascontiguousarray(blocks, dtype=np.float32)
+        packed = np.empty((len(source), cls.type_size), dtype=np.uint8)
+        size = quantize_chunk(
+            cls.qtype, source.ctypes.data, packed.ctypes.data, 0, *source.shape, None
+        )
+        assert size == packed.nbytes
+        return packed
+
+    for qtype in types:
+        quantizer = gguf.quants._type_traits.get(qtype)
+        if quantizer is not None and qtype.name.endswith("_K"):
+            quantizer.quantize_blocks = classmethod(quantize_blocks)

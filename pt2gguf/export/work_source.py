@@ -1,0 +1,39 @@
+"""The ternary weights of a work directory, ready to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+
+from pt2gguf.convert.workdir import WorkDirectory
+from pt2gguf.export.folding import fold_orders
+from pt2gguf.ternary import TernaryWeight
+
+
+class WorkSource:
+    """Reads weights from a work directory, one decoder layer at a time.
+
+    Orders of down projections are folded into the rows that produce their inputs.
+    """
+
+    def __init__(self, work: WorkDirectory, checkpoint_names: Collection[str]) -> None:
+        """`checkpoint_names`: all tensors of the checkpoint, to know which biases there are."""
+        self._biases = {name for name in checkpoint_names if name.endswith(".bias")}
+        self._work = work
+        self._layer_of: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        for index in range(work.settings.layers):
+            for name, weight in work.load_layer(index).weights.items():
+                rows, columns = weight.digits.shape
+                self._layer_of[name] = index
+                self._shapes[name] = (rows, columns)
+        self._layer = lru_cache(maxsize=1)(self._read_layer)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return self._shapes
+
+    def weight(self, name: str) -> TernaryWeight:
+        return self._layer(self._layer_of[name])[name]
+
+    def _read_layer(self, index: int) -> dict[str, TernaryWeight]:
+        return fold_orders(self._work.load_layer(index).weights, self._biases)

@@ -1,0 +1,1 @@
+"""The patched llama.cpp: building it, putting it in the environment, and finding it."""
