@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
 
     llama_cpp = import_llama_cpp(find_installation())
     checkpoint = Checkpoint(_local_directory(options.model))
-    gguf_name = _gguf_namer(llama_cpp, checkpoint)
+    gguf_name = gguf_namer(llama_cpp, checkpoint)
 
     def tensor_type(name: str, new_name: str | None) -> str | None:
         for pattern, stock_type in stock_rules:
@@ -229,7 +229,7 @@ def _local_directory(model: str) -> Path:
         ) from None
 
 
-def _gguf_namer(llama_cpp: LlamaCpp, checkpoint: Any) -> Callable[[str], str | None]:
+def gguf_namer(llama_cpp: LlamaCpp, checkpoint: Any) -> Callable[[str], str | None]:
     """The GGUF name of a checkpoint tensor; None where the converter makes it of several."""
     architecture = llama_cpp.model_class(checkpoint.path).model_arch
     names = llama_cpp.gguf.get_tensor_name_map(architecture, checkpoint.config.num_hidden_layers)

@@ -11,7 +11,10 @@ from pt2gguf.blocks import BLOCK_SIZE, TQ1_1, TQ2_1, BlockType
 
 BLOCK_TYPES = pytest.mark.parametrize("block_type", [TQ1_1, TQ2_1], ids=lambda t: t.name)
 LENGTHS = pytest.mark.parametrize("blocks", [1, 2, 3, 5, 16, 33, 140])
-Q8_T = np.dtype([("qs", np.int8, BLOCK_SIZE), ("d", np.float32), ("sum", np.int32)])
+GROUP = 32
+Q8_T = np.dtype(
+    [("qs", np.int8, BLOCK_SIZE), ("d", np.float32, BLOCK_SIZE // GROUP), ("sum", np.float32)]
+)
 
 
 def address(array: np.ndarray) -> ctypes.c_void_p:
@@ -43,11 +46,30 @@ def exact_dot(block_type: BlockType, packed: np.ndarray, q: np.ndarray) -> tuple
     alpha, mu, digits = block_type.unpack(packed[None])
     t = digits.reshape(-1, BLOCK_SIZE).astype(np.float64)
     weights = alpha[0][:, None].astype(np.float64) * t + mu[0][:, None].astype(np.float64)
-    x = q["d"][:, None].astype(np.float64) * q["qs"]
-    # The kernels add alpha*u and (mu - alpha) separately, so their terms are what rounds.
-    scale = np.abs(alpha[0]).astype(np.float64) + np.abs(mu[0]).astype(np.float64)
-    magnitude = (2 * scale[:, None] * np.abs(x)).sum() + (scale[:, None] * np.abs(x)).sum()
+    x = restore(q)
+    # The kernels add alpha*u and (mu - alpha) separately, so these terms are what rounds.
+    a, m = np.abs(alpha[0]).astype(np.float64), np.abs(mu[0]).astype(np.float64)
+    magnitude = ((2 * a + (a + m))[:, None] * np.abs(x)).sum()
     return float((weights * x).sum()), float(magnitude)
+
+
+def restore(q: np.ndarray) -> np.ndarray:
+    """(blocks, 128) float64: what the activations stand for."""
+    return np.repeat(q["d"].astype(np.float64), GROUP, axis=1) * q["qs"]
+
+
+def assert_same_integers(a: np.ndarray, b: np.ndarray) -> None:
+    """All but the sums, whose products the compiler may fuse with the additions."""
+    assert a["qs"].tobytes() == b["qs"].tobytes()
+    assert a["d"].tobytes() == b["d"].tobytes()
+
+
+def unit_block(qs) -> np.ndarray:
+    """Activations that are the integers qs themselves."""
+    q = np.zeros(1, dtype=Q8_T)
+    q["qs"], q["d"] = qs, 1
+    q["sum"] = q["qs"].sum(dtype=np.int32)
+    return q
 
 
 def random_row(rng: np.random.Generator, block_type: BlockType, blocks: int) -> np.ndarray:
@@ -65,9 +87,10 @@ def test_dot_against_float64(kernels, block_type, blocks):
         packed = random_row(rng, block_type, blocks)
         q = quantize_activations(kernels, rng.standard_normal(blocks * BLOCK_SIZE, np.float32))
         expected, magnitude = exact_dot(block_type, packed, q)
-        # Integer sums are exact. Each block rounds its two scales and two products, and every
-        # lane of the sum is added at most blocks + 5 times: (blocks + 9) roundings of 2^-24.
-        tolerance = (blocks + 9) * 2.0**-24 * magnitude
+        # Integer sums are exact. A term is rounded at most 8 times within its block (the offset,
+        # the activations' sum of four groups, scales, products) and once by each of the blocks + 6
+        # additions after that, by 2^-24 of its absolute value each time.
+        tolerance = (blocks + 14) * 2.0**-24 * magnitude
         assert abs(dot(kernels, block_type, packed, q) - expected) <= tolerance
         assert abs(dot(kernels, block_type, packed, q, "_generic") - expected) <= tolerance
 
@@ -79,9 +102,7 @@ def test_integer_part_is_exact(kernels, block_type):
     digits = rng.integers(-1, 2, (1, BLOCK_SIZE), dtype=np.int8)
     one = np.ones((1, 1), dtype=np.float16)
     packed = block_type.pack(one, one, digits)[0]
-    q = np.zeros(1, dtype=Q8_T)
-    q["qs"] = rng.integers(-127, 128, BLOCK_SIZE)
-    q["d"], q["sum"] = 1, q["qs"].sum(dtype=np.int32)
+    q = unit_block(rng.integers(-127, 128, BLOCK_SIZE))
     expected = int(((digits[0] + 1).astype(np.int32) * q["qs"][0]).sum())
     assert dot(kernels, block_type, packed, q) == expected
     assert dot(kernels, block_type, packed, q, "_generic") == expected
@@ -93,8 +114,7 @@ def test_integer_part_is_exact(kernels, block_type):
 def test_extreme_sums_do_not_saturate(kernels, block_type, digit, activation):
     one = np.ones((1, 1), dtype=np.float16)
     packed = block_type.pack(one, one, np.full((1, BLOCK_SIZE), digit, dtype=np.int8))[0]
-    q = np.zeros(1, dtype=Q8_T)
-    q["qs"], q["d"], q["sum"] = activation, 1, activation * BLOCK_SIZE
+    q = unit_block(activation)
     assert dot(kernels, block_type, packed, q) == (digit + 1) * activation * BLOCK_SIZE
 
 
@@ -107,9 +127,7 @@ def test_every_base3_code_is_read_right(kernels):
         digits = np.empty((1, BLOCK_SIZE), dtype=np.int8)
         digits[0, :120] = np.repeat(code, 24)
         digits[0, 120:] = np.repeat(code[:4], 2)
-        q = np.zeros(1, dtype=Q8_T)
-        q["qs"] = rng.integers(-127, 128, BLOCK_SIZE)
-        q["d"], q["sum"] = 1, q["qs"].sum(dtype=np.int32)
+        q = unit_block(rng.integers(-127, 128, BLOCK_SIZE))
         expected = int(((digits[0] + 1).astype(np.int32) * q["qs"][0]).sum())
         assert dot(kernels, TQ1_1, TQ1_1.pack(one, one, digits)[0], q) == expected
 
@@ -130,14 +148,15 @@ def test_activations_are_quantized_bit_for_bit_alike(kernels, blocks):
     rng = np.random.default_rng()
     scale = np.exp(4 * rng.standard_normal(blocks)).astype(np.float32)
     x = (rng.standard_normal((blocks, BLOCK_SIZE)).astype(np.float32) * scale[:, None]).ravel()
-    blocks_host = quantize_activations(kernels, x)
-    blocks_plain = quantize_activations(kernels, x, "_generic")
-    assert blocks_host.tobytes() == blocks_plain.tobytes()
-    np.testing.assert_array_equal(blocks_host["sum"], blocks_host["qs"].sum(1, dtype=np.int32))
+    q = quantize_activations(kernels, x)
+    assert_same_integers(q, quantize_activations(kernels, x, "_generic"))
     # Nearest of 127 steps: half a step, and the float32 rounding of x/d (at most 127).
-    error = np.abs(x.reshape(blocks, -1).astype(np.float64) / blocks_host["d"][:, None])
-    error = np.abs(error - np.abs(blocks_host["qs"]))
-    assert error.max() <= 0.5 + 127 * 3 * 2.0**-24
+    step = np.repeat(q["d"].astype(np.float64), GROUP, axis=1)
+    error = np.abs(restore(q) - x.reshape(blocks, -1))
+    assert (error <= step * (0.5 + 127 * 3 * 2.0**-24)).all()
+    np.testing.assert_allclose(
+        q["sum"], restore(q).sum(1), rtol=0, atol=4 * 2.0**-24 * np.abs(restore(q)).sum(1).max()
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e-40, -3e-39, 3e38, -3.4e38])
@@ -145,11 +164,10 @@ def test_extreme_activations(kernels, value):
     x = np.full(BLOCK_SIZE, value, dtype=np.float32)
     x[::2] *= np.float32(0.5)
     host, plain = (quantize_activations(kernels, x, suffix) for suffix in ("", "_generic"))
-    assert host.tobytes() == plain.tobytes()
+    assert_same_integers(host, plain)
     assert np.isfinite(host["d"]).all()
     if abs(value) > 2.0**-119:  # else d or its inverse is not a normal float32
-        restored = host["d"].astype(np.float64) * host["qs"][0]
-        assert np.abs(restored - x).max() <= float(host["d"][0]) * 0.501
+        assert np.abs(restore(host)[0] - x).max() <= host["d"].max() * 0.501
 
 
 def test_gathering_is_quantizing_the_permuted_row(kernels):

@@ -1,7 +1,7 @@
-// See pt2-cpu.h. With u = t + 1 the stored digit, d the scale of the activations q:
-//     sum(w*x) = d * (alpha * sum(u*q) + (mu - alpha) * sum(q))
+// See pt2-cpu.h. With u = t + 1 the stored digit, and x = d*q the activations in groups of 32:
+//     sum(w*x) = alpha * sum over groups of (d * sum(u*q)) + (mu - alpha) * sum(x)
 // The integer sums are exact in every version, so versions differ only by the order in which
-// the blocks' floats are added.
+// floats are added.
 #include "pt2-cpu.h"
 
 #include "ggml-impl.h"
@@ -41,22 +41,26 @@ static inline block_scales load_scales(const char * block) {
 // plain C ------------------------------------------------------------------------------------
 
 static void quantize_block_q8_t_generic(const float * x, block_q8_t * y) {
-    float amax = 0;
-    for (int j = 0; j < QK_PT2; ++j) {
-        const float a = fabsf(x[j]);
-        amax = a > amax ? a : amax;
-    }
-    const float d       = amax/127;
-    const float inverse = d > 0 ? 1/d : 0;
+    float sum = 0;
+    for (int group = 0; group < QK_PT2/32; ++group, x += 32) {
+        float amax = 0;
+        for (int j = 0; j < 32; ++j) {
+            const float a = fabsf(x[j]);
+            amax = a > amax ? a : amax;
+        }
+        const float d       = amax/127;
+        const float inverse = d > 0 ? 1/d : 0;
 
-    int32_t sum = 0;
-    for (int j = 0; j < QK_PT2; ++j) {
-        // A subnormal d has an inverse that is off by enough to leave int8, or is infinite.
-        const float q = rintf(fminf(fmaxf(x[j]*inverse, -127), 127));
-        y->qs[j] = (int8_t) q;
-        sum += y->qs[j];
+        int32_t qsum = 0;
+        for (int j = 0; j < 32; ++j) {
+            // A subnormal d has an inverse that is off by enough to leave int8, or is infinite.
+            const float q = rintf(fminf(fmaxf(x[j]*inverse, -127), 127));
+            y->qs[32*group + j] = (int8_t) q;
+            qsum += y->qs[32*group + j];
+        }
+        y->d[group] = d;
+        sum += d*qsum;
     }
-    y->d   = d;
     y->sum = sum;
 }
 
@@ -67,44 +71,41 @@ void quantize_row_q8_t_generic(const float * x, void * y, int64_t k) {
     }
 }
 
-static int32_t dot_block_tq1_1_generic(const uint8_t * qs, const int8_t * q) {
-    int32_t sum = 0;
-    for (int j = 0; j < 24; ++j) {
+// d*u*q summed over a block: integers within a group, one float product for each group.
+static float dot_block_tq1_1_generic(const uint8_t * qs, const block_q8_t * y) {
+    int32_t sums[QK_PT2/32] = { 0 };
+    for (int j = 0; j < 26; ++j) {
         uint8_t fraction = qs[j];
-        for (int k = 0; k < 5; ++k) {
-            sum += (fraction*3 >> 8)*q[24*k + j];
+        for (int k = 0; k < (j < 24 ? 5 : 4); ++k) {
+            const int column = j < 24 ? 24*k + j : 120 + 2*k + (j - 24);
+            sums[column/32] += (fraction*3 >> 8)*y->qs[column];
             fraction *= 3;
         }
     }
-    for (int i = 0; i < 2; ++i) {
-        uint8_t fraction = qs[24 + i];
-        for (int k = 0; k < 4; ++k) {
-            sum += (fraction*3 >> 8)*q[120 + 2*k + i];
-            fraction *= 3;
-        }
-    }
-    return sum;
+    return y->d[0]*sums[0] + y->d[1]*sums[1] + y->d[2]*sums[2] + y->d[3]*sums[3];
 }
 
-static int32_t dot_block_tq2_1_generic(const uint8_t * qs, const int8_t * q) {
-    int32_t sum = 0;
-    for (int j = 0; j < QK_PT2/4; ++j) {
-        for (int k = 0; k < 4; ++k) {
-            sum += (qs[j] >> 2*k & 3)*q[32*k + j];
+static float dot_block_tq2_1_generic(const uint8_t * qs, const block_q8_t * y) {
+    float sum = 0;
+    for (int k = 0; k < QK_PT2/32; ++k) {
+        int32_t plane = 0;
+        for (int j = 0; j < 32; ++j) {
+            plane += (qs[j] >> 2*k & 3)*y->qs[32*k + j];
         }
+        sum += y->d[k]*plane;
     }
     return sum;
 }
 
 // Sums the blocks of a row. Both types start with alpha and mu; digits_dot is inlined.
-typedef int32_t (*digits_dot)(const uint8_t * qs, const int8_t * q);
+typedef float (*digits_dot)(const uint8_t * qs, const block_q8_t * y);
 
 static inline float dot_row_generic(int n, const char * x, size_t block_size, const block_q8_t * y, digits_dot dot) {
     assert(n % QK_PT2 == 0);
     float sum = 0;
     for (int i = 0; i < n/QK_PT2; ++i, x += block_size) {
         const block_scales scales = load_scales(x);
-        sum += y[i].d*(scales.alpha*dot((const uint8_t *) x + 4, y[i].qs) + scales.offset*y[i].sum);
+        sum += scales.alpha*dot((const uint8_t *) x + 4, &y[i]) + scales.offset*y[i].sum;
     }
     return sum;
 }
@@ -144,46 +145,50 @@ static inline __m256i dot_u8_i8(__m256i acc, __m256i u, __m256i q) {
 #endif
 }
 
-static inline __m256i load_q(const int8_t * q) {
-    return _mm256_loadu_si256((const __m256i *) q);
+static inline float horizontal_max(__m256 v) {
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    h = _mm_max_ss(h, _mm_movehdup_ps(h));
+    return _mm_cvtss_f32(h);
+}
+
+static inline int32_t horizontal_sum_i32(__m256i v) {
+    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    h = _mm_add_epi32(h, _mm_unpackhi_epi64(h, h));
+    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 1));
+    return _mm_cvtsi128_si32(h);
 }
 
 static void quantize_block_q8_t(const float * x, block_q8_t * y) {
-    const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    __m256 vmax = _mm256_setzero_ps();
-    for (int j = 0; j < QK_PT2; j += 8) {
-        vmax = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(x + j), absolute), vmax);
-    }
-    __m128 hmax = _mm_max_ps(_mm256_castps256_ps128(vmax), _mm256_extractf128_ps(vmax, 1));
-    hmax = _mm_max_ps(hmax, _mm_movehl_ps(hmax, hmax));
-    hmax = _mm_max_ss(hmax, _mm_movehdup_ps(hmax));
+    const __m256  absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const __m256  limit    = _mm256_set1_ps(127);
+    const __m256  minus    = _mm256_set1_ps(-127);
+    const __m256i order    = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    float sum = 0;
+    for (int group = 0; group < QK_PT2/32; ++group, x += 32) {
+        __m256 v[4];
+        __m256 vmax = _mm256_setzero_ps();
+        for (int i = 0; i < 4; ++i) {
+            v[i] = _mm256_loadu_ps(x + 8*i);
+            vmax = _mm256_max_ps(_mm256_and_ps(v[i], absolute), vmax);
+        }
+        const float d       = horizontal_max(vmax)/127;
+        const float inverse = d > 0 ? 1/d : 0;
 
-    const float d       = _mm_cvtss_f32(hmax)/127;
-    const float inverse = d > 0 ? 1/d : 0;
-
-    const __m256  scale = _mm256_set1_ps(inverse);
-    const __m256  limit = _mm256_set1_ps(127);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256i sum = _mm256_setzero_si256();
-    for (int j = 0; j < QK_PT2; j += 32) {
         __m256i q[4];
         for (int i = 0; i < 4; ++i) {
-            __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + j + 8*i), scale);
-            v = _mm256_min_ps(_mm256_max_ps(v, _mm256_sub_ps(_mm256_setzero_ps(), limit)), limit);
-            q[i] = _mm256_cvtps_epi32(v);
-            sum  = _mm256_add_epi32(sum, q[i]);
+            const __m256 scaled = _mm256_mul_ps(v[i], _mm256_set1_ps(inverse));
+            q[i] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(scaled, minus), limit));
         }
-        const __m256i low  = _mm256_packs_epi32(q[0], q[1]);
-        const __m256i high = _mm256_packs_epi32(q[2], q[3]);
+        const __m256i qsum  = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+        const __m256i low   = _mm256_packs_epi32(q[0], q[1]);
+        const __m256i high  = _mm256_packs_epi32(q[2], q[3]);
         const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-        _mm256_storeu_si256((__m256i *) (y->qs + j), bytes);
+        _mm256_storeu_si256((__m256i *) (y->qs + 32*group), bytes);
+        y->d[group] = d;
+        sum += d*horizontal_sum_i32(qsum);
     }
-    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    h = _mm_add_epi32(h, _mm_unpackhi_epi64(h, h));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 1));
-
-    y->d   = d;
-    y->sum = _mm_cvtsi128_si32(h);
+    y->sum = sum;
 }
 
 // The next digit of every byte, floor(3*fraction/256): averages of bytes round up, and taking one
@@ -198,43 +203,62 @@ static inline __m256i times_three(__m256i fraction) {
     return _mm256_add_epi8(fraction, _mm256_add_epi8(fraction, fraction));
 }
 
-// The eight columns of the last two bytes, as 16-bit products.
-static inline __m128i dot_tail_tq1_1(const uint8_t * qs, const int8_t * q) {
+// The sum, times d, of the products of digits u and activations q, added to acc lane by lane.
+static inline __m256 add_products(__m256 acc, __m256i u, const int8_t * q, __m256 d) {
+    const __m256i x   = _mm256_loadu_si256((const __m256i *) q);
+    const __m256i dot = dot_u8_i8(_mm256_setzero_si256(), u, x);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), d, acc);
+}
+
+// The eight columns of the last two bytes.
+static inline __m256 dot_tail_tq1_1(const uint8_t * qs, const block_q8_t * y) {
     uint16_t pair;
     memcpy(&pair, qs, sizeof(pair));
     const __m128i powers   = _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27);
     const __m128i bytes    = _mm_cvtepu8_epi16(_mm_set1_epi16((int16_t) pair));
     const __m128i fraction = _mm_and_si128(_mm_mullo_epi16(bytes, powers), _mm_set1_epi16(255));
     const __m128i digits   = _mm_srli_epi16(_mm_mullo_epi16(fraction, _mm_set1_epi16(3)), 8);
-    return _mm_madd_epi16(digits, _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *) q)));
+    const __m128i q        = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *) (y->qs + 120)));
+    const __m128  dot      = _mm_cvtepi32_ps(_mm_madd_epi16(digits, q));
+    return _mm256_zextps128_ps256(_mm_mul_ps(dot, _mm_set1_ps(y->d[3])));
 }
 
-static inline __m256i dot_block_tq1_1_avx2(const uint8_t * qs, const int8_t * q) {
+static inline __m256 dot_block_tq1_1_avx2(const uint8_t * qs, const block_q8_t * y) {
+    // The group of each lane's four columns, in each plane of 24.
+    static const int32_t group[5][8] = {
+        { 0, 0, 0, 0, 0, 0, 0, 0 },
+        { 0, 0, 1, 1, 1, 1, 1, 1 },
+        { 1, 1, 1, 1, 2, 2, 2, 2 },
+        { 2, 2, 2, 2, 2, 2, 2, 2 },
+        { 3, 3, 3, 3, 3, 3, 3, 3 },
+    };
+    const __m256 d = _mm256_castps128_ps256(_mm_loadu_ps(y->d));
     // 24 bytes and zeros: zero digits, so that the loads of q may run into the next plane.
     const __m128i low  = _mm_loadu_si128((const __m128i *) qs);
     const __m128i high = _mm_loadl_epi64((const __m128i *) (qs + 16));
     __m256i fraction = _mm256_set_m128i(high, low);
-    __m256i sum = _mm256_zextsi128_si256(dot_tail_tq1_1(qs + 24, q + 120));
+    __m256 sum = dot_tail_tq1_1(qs + 24, y);
     for (int k = 0; k < 5; ++k) {
-        sum = dot_u8_i8(sum, next_digit(fraction), load_q(q + 24*k));
+        const __m256i lanes = _mm256_loadu_si256((const __m256i *) group[k]);
+        sum = add_products(sum, next_digit(fraction), y->qs + 24*k, _mm256_permutevar8x32_ps(d, lanes));
         fraction = times_three(fraction);
     }
     return sum;
 }
 
 #if !(defined(__AVX512VNNI__) && defined(__AVX512BW__))
-static inline __m256i dot_block_tq2_1_avx2(const uint8_t * qs, const int8_t * q) {
-    const __m256i mask  = _mm256_set1_epi8(3);
+static inline __m256 dot_block_tq2_1_avx2(const uint8_t * qs, const block_q8_t * y) {
     const __m256i bytes = _mm256_loadu_si256((const __m256i *) qs);
-    __m256i sum = _mm256_setzero_si256();
+    __m256 sum = _mm256_setzero_ps();
     for (int k = 0; k < 4; ++k) {
-        sum = dot_u8_i8(sum, _mm256_and_si256(_mm256_srli_epi16(bytes, 2*k), mask), load_q(q + 32*k));
+        const __m256i digits = _mm256_and_si256(_mm256_srli_epi16(bytes, 2*k), _mm256_set1_epi8(3));
+        sum = add_products(sum, digits, y->qs + 32*k, _mm256_set1_ps(y->d[k]));
     }
     return sum;
 }
 #endif
 
-typedef __m256i (*digits_dot_avx2)(const uint8_t * qs, const int8_t * q);
+typedef __m256 (*digits_dot_avx2)(const uint8_t * qs, const block_q8_t * y);
 
 static inline float dot_row_avx2(int n, const char * x, size_t block_size, const block_q8_t * y, digits_dot_avx2 dot) {
     assert(n % QK_PT2 == 0);
@@ -242,9 +266,8 @@ static inline float dot_row_avx2(int n, const char * x, size_t block_size, const
     float  offset = 0;
     for (int i = 0; i < n/QK_PT2; ++i, x += block_size) {
         const block_scales scales = load_scales(x);
-        const __m256 digits = _mm256_cvtepi32_ps(dot((const uint8_t *) x + 4, y[i].qs));
-        sum     = _mm256_fmadd_ps(_mm256_set1_ps(scales.alpha*y[i].d), digits, sum);
-        offset += scales.offset*y[i].d*y[i].sum;
+        sum     = _mm256_fmadd_ps(_mm256_set1_ps(scales.alpha), dot((const uint8_t *) x + 4, &y[i]), sum);
+        offset += scales.offset*y[i].sum;
     }
     return horizontal_sum(sum) + offset;
 }
@@ -264,18 +287,24 @@ static void quantize_block_q8_t(const float * x, block_q8_t * y) {
 static inline float dot_row_tq2_1_avx512(int n, const block_tq2_1 * x, const block_q8_t * y) {
     assert(n % QK_PT2 == 0);
     const __m512i mask    = _mm512_set1_epi8(3);
-    const __m512i plane01 = _mm512_inserti64x4(_mm512_setzero_si512(),  _mm256_set1_epi16(2), 1);
-    const __m512i plane23 = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_set1_epi16(6), 1);
+    const __m512i shift01 = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
+    const __m512i shift23 = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_set1_epi16(6), 1);
+    const __m512i lanes01 = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
+    const __m512i lanes23 = _mm512_inserti64x4(_mm512_set1_epi32(2), _mm256_set1_epi32(3), 1);
     __m512 sum    = _mm512_setzero_ps();
     float  offset = 0;
     for (int i = 0; i < n/QK_PT2; ++i) {
         const block_scales scales = load_scales((const char *) &x[i]);
         const __m512i bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) x[i].qs));
-        __m512i dot = _mm512_setzero_si512();
-        dot = _mm512_dpbusd_epi32(dot, _mm512_and_si512(_mm512_srlv_epi16(bytes, plane01), mask), _mm512_loadu_si512(y[i].qs));
-        dot = _mm512_dpbusd_epi32(dot, _mm512_and_si512(_mm512_srlv_epi16(bytes, plane23), mask), _mm512_loadu_si512(y[i].qs + 64));
-        sum     = _mm512_fmadd_ps(_mm512_set1_ps(scales.alpha*y[i].d), _mm512_cvtepi32_ps(dot), sum);
-        offset += scales.offset*y[i].d*y[i].sum;
+        const __m512i u01   = _mm512_and_si512(_mm512_srlv_epi16(bytes, shift01), mask);
+        const __m512i u23   = _mm512_and_si512(_mm512_srlv_epi16(bytes, shift23), mask);
+        const __m512i dot01 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), u01, _mm512_loadu_si512(y[i].qs));
+        const __m512i dot23 = _mm512_dpbusd_epi32(_mm512_setzero_si512(), u23, _mm512_loadu_si512(y[i].qs + 64));
+        // the four scales of the activations times alpha, spread over the lanes of their groups
+        const __m512  d = _mm512_castps128_ps512(_mm_mul_ps(_mm_loadu_ps(y[i].d), _mm_set1_ps(scales.alpha)));
+        sum     = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot01), _mm512_permutexvar_ps(lanes01, d), sum);
+        sum     = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot23), _mm512_permutexvar_ps(lanes23, d), sum);
+        offset += scales.offset*y[i].sum;
     }
     return _mm512_reduce_add_ps(sum) + offset;
 }

@@ -1,0 +1,85 @@
+"""How closely llama.cpp computes what the ternary weights mean.
+
+Converts a checkpoint, then compares llama.cpp running the file with transformers running the same
+dequantized weights in float32: mean KL divergence and perplexities (llama-perplexity).
+
+    python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT [--type tq1_1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from pt2gguf.cli import main as pt2gguf
+from pt2gguf.commands.convert import gguf_namer
+from pt2gguf.convert.calibration import load_tokenizer, tokenize
+from pt2gguf.convert.workdir import WorkDirectory
+from pt2gguf.evaluation.logits_file import write_logits_file
+from pt2gguf.evaluation.reference_model import load_reference_model
+from pt2gguf.export.llama_cpp import import_llama_cpp
+from pt2gguf.model import Checkpoint
+from pt2gguf.native.installation import find_installation
+
+
+def measure(model: Path, file: Path, work_directory: Path, text: Path, windows: int, length: int):
+    """The lines of llama-perplexity's report, by name: figure of the file against transformers."""
+    installation = find_installation()
+    llama_cpp = import_llama_cpp(installation)
+    checkpoint = Checkpoint(model)
+    with WorkDirectory.open_existing(work_directory) as work:
+        reference = load_reference_model(
+            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, checkpoint)
+        )
+    ids = torch.as_tensor(tokenize(load_tokenizer(model), text.read_text()))
+    ids = ids[: windows * length].view(windows, length)
+    add_bos = llama_cpp.gguf.GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    bos = checkpoint.config.bos_token_id if add_bos is None or add_bos.contents() else None
+    with tempfile.TemporaryDirectory() as directory:
+        logits = Path(directory) / "logits"
+        perplexity = write_logits_file(logits, reference, ids, bos)
+        command = [
+            installation.tool("llama-perplexity"),
+            *["-m", file, "-c", str(length), "-t", "2"],
+            *["--kl-divergence", "--kl-divergence-base", logits],
+        ]
+        output = subprocess.run(command, check=True, capture_output=True, text=True)
+    report = output.stdout + output.stderr
+    found = {"PPL(transformers)": perplexity}
+    for name in ("Mean PPL(Q)", "Mean KLD", "Same top p"):
+        match = re.search(re.escape(name).replace(r"\ ", r"\s+") + r"\s*:\s*([-\d.]+)", report)
+        if match is None:
+            raise RuntimeError(f"llama-perplexity printed no {name!r}:\n{report[-2000:]}")
+        found[name] = float(match[1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--type", default="tq2_1")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=100)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        file, work = Path(directory) / "model.gguf", Path(directory) / "work"
+        arguments = ["convert", str(options.model), str(file), "--type", options.type]
+        arguments += ["--calibration", options.calibration, "--samples", str(options.samples)]
+        arguments += ["--length", str(options.length), "--work", str(work), "--keep-work"]
+        if pt2gguf(arguments) != 0:
+            raise SystemExit(1)
+        figures = measure(options.model, file, work, options.text, options.windows, options.length)
+    for name, figure in figures.items():
+        print(f"{name}: {figure}")
+
+
+if __name__ == "__main__":
+    main()

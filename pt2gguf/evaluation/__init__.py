@@ -1,0 +1,1 @@
+"""Measuring what a converted model says against what it should say."""
