@@ -104,12 +104,13 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.blocks import BLOCK_TYPES
     from pt2gguf.convert.calibration import load_calibration
     from pt2gguf.convert.progress import ConsoleReporter
-    from pt2gguf.convert.run import ternarize_checkpoint, usable_device
+    from pt2gguf.convert.run import make_plan, ternarize_checkpoint, usable_device
     from pt2gguf.export.gguf_file import ExportOptions, write_gguf
     from pt2gguf.export.llama_cpp import import_llama_cpp
+    from pt2gguf.export.precheck import find_unexportable, require_known_vocabulary
     from pt2gguf.export.stock_types import parse_stock_type
     from pt2gguf.export.work_source import WorkSource
-    from pt2gguf.model import Checkpoint
+    from pt2gguf.model import Checkpoint, Skeleton
     from pt2gguf.native.installation import find_installation
 
     started = time.monotonic()
@@ -123,6 +124,7 @@ def run(options: argparse.Namespace) -> None:
 
     llama_cpp = import_llama_cpp(find_installation())
     checkpoint = Checkpoint(_local_directory(options.model))
+    require_known_vocabulary(checkpoint.path, llama_cpp)
     gguf_name = gguf_namer(llama_cpp, checkpoint)
 
     def tensor_type(name: str, new_name: str | None) -> str | None:
@@ -142,12 +144,19 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     work_directory = options.work or options.output.with_name(options.output.name + ".work")
+
+    def asked_for(name: str) -> str | None:
+        stock_type = tensor_type(name, gguf_name(name))
+        return stock_type and f"--tensor-type asks for {stock_type}"
+
+    candidates = make_plan(Skeleton(checkpoint), asked_for).ternary
+    unexportable = find_unexportable(checkpoint.path, candidates, llama_cpp)
     with ternarize_checkpoint(
         checkpoint,
         method,
         calibration,
         work_directory,
-        keep=lambda name: tensor_type(name, gguf_name(name)) is not None,
+        keep=lambda name: asked_for(name) or unexportable.get(name),
         device=device,
         threads=options.threads,
         force=options.force,

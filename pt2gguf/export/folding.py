@@ -11,27 +11,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from pt2gguf.model.mlp import producers
 from pt2gguf.ternary import TernaryWeight
-
-_PRODUCERS = {"down_proj": ("gate_proj", "up_proj"), "w2": ("w1", "w3")}
-
-
-def producers(name: str, available: Collection[str]) -> tuple[str, str] | None:
-    """The gate and up weights whose rows are the columns of weight `name`, if it has such.
-
-    None unless both are in `available`, and neither has a bias there (which would have to move
-    with the rows).
-    """
-    module, _, suffix = name.rpartition(".weight")
-    parent, _, kind = module.rpartition(".")
-    if suffix or kind not in _PRODUCERS:
-        return None
-    gate, up = (f"{parent}.{producer}" for producer in _PRODUCERS[kind])
-    weights = f"{gate}.weight", f"{up}.weight"
-    biases = f"{gate}.bias", f"{up}.bias"
-    if all(w in available for w in weights) and not any(b in available for b in biases):
-        return weights
-    return None
 
 
 def fold_orders(

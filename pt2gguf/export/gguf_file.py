@@ -107,7 +107,7 @@ def _with_ternary_weights(
     block_type = options.block_type
     qtype = gguf.GGMLQuantizationType[block_type.name.upper()]
 
-    class TernaryModel(base):  # type: ignore[misc, valid-type]
+    class TernaryModel(base):  # type: ignore[misc]
         model_arch = base.model_arch  # the converter wants it on every class
 
         def get_tensors(self) -> Iterator[tuple[str, Tensor]]:

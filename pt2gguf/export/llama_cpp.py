@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from pt2gguf.errors import Pt2Error
 from pt2gguf.native.installation import Installation
@@ -38,6 +41,13 @@ class LlamaCpp:
                 f"llama.cpp's converter does not know the architecture {architecture} of "
                 f"{checkpoint}: only models that llama.cpp can run can be converted"
             ) from None
+
+    def converter(self, checkpoint: Path) -> Any:
+        """A converter for the checkpoint, to ask what it does to tensors."""
+        with torch.inference_mode():
+            return self.model_class(checkpoint)(
+                checkpoint, self.gguf.LlamaFileType.MOSTLY_F16, Path(os.devnull)
+            )
 
 
 def import_llama_cpp(installation: Installation) -> LlamaCpp:

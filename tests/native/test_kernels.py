@@ -28,7 +28,9 @@ def quantize_activations(kernels, x: np.ndarray, suffix: str = "") -> np.ndarray
     return blocks
 
 
-def dot(kernels, block_type: BlockType, packed: np.ndarray, q: np.ndarray, suffix: str = "") -> float:
+def dot(
+    kernels, block_type: BlockType, packed: np.ndarray, q: np.ndarray, suffix: str = ""
+) -> float:
     result = np.empty(1, dtype=np.float32)
     vec_dot = getattr(kernels.library, f"ggml_vec_dot_{block_type.name}_q8_t{suffix}")
     vec_dot.argtypes = [

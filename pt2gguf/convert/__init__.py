@@ -1,0 +1,1 @@
+"""From a checkpoint to a work directory of ternary weights, layer by layer."""

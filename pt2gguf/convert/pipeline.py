@@ -1,0 +1,313 @@
+"""The loop over decoder layers: inputs, statistics, ternary weights, next inputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pt2gguf.convert.activations import recorded_outputs, replayed_outputs, stage_inputs
+from pt2gguf.convert.groups import EXPERT, Group, InputGroups, Stage, routers
+from pt2gguf.convert.progress import Reporter
+from pt2gguf.convert.workdir import Layer, WorkDirectory
+from pt2gguf.errors import Pt2Error
+from pt2gguf.model import LayerCall, Skeleton
+from pt2gguf.model.mlp import producers
+from pt2gguf.ternary import (
+    InputStatistics,
+    Method,
+    NonFiniteInputs,
+    TernarizationReport,
+    TernaryWeight,
+    ternarize,
+)
+
+# Tokens in one forward pass. Part of the result, as sums over batches depend on it.
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
+
+
+def batch_size(length: int, device: torch.device) -> int:
+    """Samples of `length` tokens that run through a decoder layer together."""
+    return max(1, TOKENS_PER_BATCH[device.type] // length)
+
+
+@torch.no_grad()
+def ternarize_layers(
+    skeleton: Skeleton,
+    ids: Tensor,
+    method: Method,
+    work: WorkDirectory,
+    device: torch.device,
+    reporter: Reporter,
+) -> None:
+    """Fill `work` with the ternary weights of every decoder layer that it does not hold yet.
+
+    ids: (samples, length) int64. Inputs come from the layers before as already ternarized, and
+    with method.gptaq also from the full-precision ones. Layers that `work` holds are run, not
+    computed again, so an interrupted conversion ends with the same bytes.
+    """
+    finished = [work.has_layer(index) for index in range(len(skeleton))]
+    if all(finished):
+        return
+    needed = len(finished) - finished[::-1].index(False)  # layers, up to the last unfinished
+    batch = batch_size(ids.shape[1], device)
+    hidden, calls = skeleton.embed(ids, batch)
+    require_finite(hidden, "the embeddings")
+    hidden = hidden.to(device) if _fits(hidden, device, 2) else hidden
+    hidden_full = hidden.clone() if method.gptaq else None
+
+    reporter.start(len(skeleton))
+    try:
+        for index in range(needed):
+            reporter.layer_started(index)
+            layer = LayerRun(
+                skeleton,
+                index,
+                {size: of_size[index].to(device) for size, of_size in calls.items()},
+                hidden,
+                hidden_full,
+                batch,
+                device,
+            )
+            if finished[index]:
+                layer.replace(work.load_layer(index).weights)
+            else:
+                work.save_layer(index, layer.ternarize(work.kept, method, reporter))
+            if index + 1 < needed:
+                layer.advance()
+            del layer  # before the next one is loaded
+            reporter.layer_done(index, reused=finished[index])
+    finally:
+        reporter.stop()
+
+
+class LayerRun:
+    """One decoder layer in memory, with the hidden states that enter it.
+
+    With full-precision hidden states the layer is there twice: as it becomes ternary, and as it
+    was.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        calls: Mapping[int, LayerCall],
+        hidden: Tensor,
+        hidden_full: Tensor | None,
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        """calls: by size of batch; hidden, hidden_full: (samples, length, hidden_size)."""
+        self._skeleton = skeleton
+        self._index = index
+        self._calls = calls
+        self._hidden = hidden
+        self._hidden_full = hidden_full
+        self._batch = batch
+        self._device = device
+        self._layer = skeleton.load_layer(index, device)
+        self._full = copy.deepcopy(self._layer) if hidden_full is not None else None
+        self._routers = routers(self._layer, skeleton.config)
+
+    def ternarize(self, kept: Mapping[str, str], method: Method, reporter: Reporter) -> Layer:
+        """Ternarize every linear layer but those in `kept`, each on what those before it give."""
+        done = Layer({}, {})
+        available = self._skeleton.checkpoint.tensors.keys() - kept.keys()
+        for stage in self._stages(kept):
+            begun = time.monotonic()
+            collected = self._statistics(stage, method, reporter)
+            for group in stage.groups:
+                statistics = collected.pop(group)
+                results = self._ternarize_group(group, statistics, method, available)
+                for name, weight, report in results:
+                    if report.damping > method.damping:
+                        reporter.note(
+                            f"{name}: damping raised from {method.damping:g} to "
+                            f"{report.damping:g}, as the calibration inputs do not span all "
+                            "columns"
+                        )
+                    done.weights[name] = weight
+                    done.reports[name] = dataclasses.asdict(report) | {"tokens": statistics.tokens}
+                    self.replace({name: weight})
+                    seconds, begun = time.monotonic() - begun, time.monotonic()
+                    shape = tuple(weight.digits.shape)
+                    reporter.weight_done(name, shape, report.relative_error, seconds)
+        return done
+
+    def replace(self, weights: Mapping[str, TernaryWeight]) -> None:
+        """Compute with `weights` (by checkpoint name) instead of the layer's own."""
+        for module_name, module in self._layer.named_modules():
+            name = self._weight_name(module_name)
+            if name in weights and isinstance(module, nn.Linear):
+                module.weight.copy_(weights[name].dequantize())
+
+    def advance(self) -> None:
+        """Replace the hidden states by the layer's outputs."""
+        self._advance(self._layer, self._hidden, "the ternarized")
+        if self._full is not None and self._hidden_full is not None:
+            self._advance(self._full, self._hidden_full, "the full-precision")
+
+    def _advance(self, layer: nn.Module, hidden: Tensor, which: str) -> None:
+        for part in hidden.split(self._batch):
+            output = self._run(layer, part)
+            require_finite(output, f"{which} decoder layer {self._index}")
+            part.copy_(output)
+
+    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return self._calls[len(hidden)](layer, hidden.to(self._device))
+
+    def _weight_name(self, module: str) -> str:
+        return self._skeleton.stored_name(self._index, f"{module}.weight")
+
+    def _stages(self, kept: Mapping[str, str]) -> list[Stage]:
+        linears = [
+            name
+            for name, module in self._layer.named_modules()
+            if isinstance(module, nn.Linear) and self._weight_name(name) not in kept
+        ]
+        if not linears:
+            return []
+        groups = InputGroups(self._layer, linears)
+        for part in self._hidden.split(self._batch):
+            with groups.watch():
+                self._run(self._layer, part)
+            if groups.all_seen():
+                break
+        return groups.stages()
+
+    def _statistics(
+        self, stage: Stage, method: Method, reporter: Reporter
+    ) -> dict[Group, InputStatistics]:
+        """The statistics of each group's inputs over all of the calibration tokens."""
+        statistics = {
+            group: InputStatistics(group.columns, self._device, bool(method.gptaq))
+            for group in stage.groups
+        }
+        parts = self._hidden.split(self._batch)
+        full_parts: Sequence[Tensor | None] = [None] * len(parts)
+        if self._hidden_full is not None:
+            full_parts = self._hidden_full.split(self._batch)
+        for part, full_part in zip(parts, full_parts, strict=True):
+            for group, x, x_full in self._paired_inputs(stage, part, full_part):
+                try:
+                    statistics[group].add(x, x_full)
+                except NonFiniteInputs as error:
+                    raise Pt2Error(
+                        f"{error.count} inputs of {self._weight_name(group.modules[0])} are NaN, "
+                        "infinite or too large to square: calibrate on other text, or check that "
+                        "the checkpoint works in float32"
+                    ) from error
+        for group in stage.groups:
+            if statistics[group].tokens == 0:
+                names = ", ".join(self._weight_name(module) for module in group.modules)
+                reporter.note(
+                    f"{names}: no calibration token reached it, so all columns count alike; "
+                    "calibrate on more text"
+                )
+                # Identity instead of inputs: the error of the weights themselves.
+                eye = torch.eye(group.columns, device=self._device)
+                statistics[group].add(eye, eye if method.gptaq else None)
+        return statistics
+
+    def _paired_inputs(
+        self, stage: Stage, part: Tensor, full_part: Tensor | None
+    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
+        """A batch's inputs of each group: ternarized and, row by row beside it, full precision."""
+        with recorded_outputs(self._layer, self._routers) as routed:
+            inputs = stage_inputs(self._layer, stage, lambda: self._run(self._layer, part))
+        if self._full is None or full_part is None:
+            for group, x in inputs.items():
+                yield group, x, None
+            return
+        # The full-precision experts are given the same tokens as the ternarized ones.
+        full, states = self._full, full_part
+        with replayed_outputs(full, routed):
+            full_inputs = stage_inputs(full, stage, lambda: self._run(full, states))
+        for group, x in inputs.items():
+            yield group, x, full_inputs[group]
+
+    def _ternarize_group(
+        self,
+        group: Group,
+        statistics: InputStatistics,
+        method: Method,
+        available: Collection[str],
+    ) -> Iterator[tuple[str, TernaryWeight, TernarizationReport]]:
+        modules = [self._layer.get_submodule(module) for module in group.modules]
+        names = [self._weight_name(module) for module in group.modules]
+        weights = [module.get_parameter("weight").float() for module in modules]
+        method = method_for(names[0], method, available)
+        if not method.stack_shared_inputs or len(weights) == 1:
+            for name, weight in zip(names, weights, strict=True):
+                with _named(name):
+                    yield name, *ternarize(weight, statistics, method)
+            return
+        with _named(" + ".join(names)):
+            stacked, report = ternarize(torch.cat(weights), statistics, method)
+        rows = [len(weight) for weight in weights]
+        H = statistics.hessian
+        for name, original, alpha, mu, digits in zip(
+            names,
+            weights,
+            stacked.alpha.split(rows),
+            stacked.mu.split(rows),
+            stacked.digits.split(rows),
+            strict=True,
+        ):
+            ternary = TernaryWeight(alpha, mu, digits, stacked.perm)
+            error = relative_error(original, ternary, H)
+            yield name, ternary, dataclasses.replace(report, relative_error=error)
+
+
+def method_for(name: str, method: Method, available: Collection[str]) -> Method:
+    """The method as it applies to the weight `name`.
+
+    A file has one column order for all experts of a projection, so theirs stays as it is unless it
+    can be folded into the rows of the weights before (pt2gguf.export.folding).
+
+    available: the checkpoint names that are ternary or not weights of matrices.
+    """
+    method = method.for_tensor(name)
+    if EXPERT.search(name) and producers(name, available) is None:
+        return dataclasses.replace(method, ssr=False)
+    return method
+
+
+def relative_error(W: Tensor, weight: TernaryWeight, H: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T), E = W - Q: the share of the output's energy that is lost."""
+    W = W.to(H.dtype)
+    E = W - weight.dequantize(H.dtype)
+    energy = ((W @ H) * W).sum()
+    return (((E @ H) * E).sum() / energy).item() if energy > 0 else 0.0
+
+
+def require_finite(values: Tensor, source: str) -> None:
+    """Raises Pt2Error naming `source` and the count if any of `values` is NaN or infinite."""
+    bad = values.numel() - int(torch.isfinite(values).sum())
+    if bad:
+        raise Pt2Error(
+            f"{bad} outputs of {source} are NaN or infinite: calibrate on other text, or check "
+            "that the checkpoint works in float32"
+        )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the weight in an error about it."""
+    try:
+        yield
+    except Pt2Error as error:
+        raise Pt2Error(f"{name}: {error}") from error
+
+
+def _fits(hidden: Tensor, device: torch.device, copies: int) -> bool:
+    """Whether hidden states may take their place on the GPU: less than a third of what is free."""
+    if device.type != "cuda":
+        return True
+    return 3 * copies * hidden.nbytes < torch.cuda.mem_get_info(device)[0]

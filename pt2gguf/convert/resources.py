@@ -1,0 +1,127 @@
+"""What a conversion will need, checked before hours of work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from pt2gguf.errors import Pt2Error
+
+FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
+# Square matrices (m, m) and weight-shaped ones (n, m), float64, alive at once in `ternarize`.
+SQUARES, WEIGHTS = 10, 6
+# Tensors (tokens, widest) alive at once in a forward pass.
+ACTIVATIONS = 8
+DESCRIPTION = 1024  # bytes about one weight in its layer's file, with names and report
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """The largest decoder layer. parameters: their number; groups: (rows, columns) of each stacked
+    group of matrices; statistics: bytes of the statistics that are collected together."""
+
+    parameters: int
+    groups: Sequence[tuple[int, int]]
+    statistics: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Peak bytes beyond what the process holds already."""
+
+    host: int
+    gpu: int
+    disk: int
+
+
+def estimate(
+    *,
+    layer: LayerSize,
+    body_parameters: int,
+    ternary: Sequence[tuple[int, int]],
+    samples: int,
+    length: int,
+    hidden_size: int,
+    batch: int,
+    full_precision: bool,
+    on_gpu: bool,
+) -> Needs:
+    """An estimate from above.
+
+    body_parameters: those outside of decoder layers, without the head; ternary: the shapes
+    (n, m) of all matrices to ternarize; batch: samples in a forward pass; full_precision: whether
+    the full-precision model runs beside the ternary one.
+    """
+    copies = 2 if full_precision else 1
+    hidden = copies * samples * length * hidden_size * FLOAT32
+    body = body_parameters * (FLOAT16 + FLOAT32)  # as stored, and as computed with
+    widest = max((max(group) for group in layer.groups), default=hidden_size)
+    forward = ACTIVATIONS * batch * length * widest * FLOAT32
+    work = max((SQUARES * m * m + WEIGHTS * n * m for n, m in layer.groups), default=0) * FLOAT64
+    layers = copies * layer.parameters * FLOAT32
+    compute = layers + layer.statistics + max(forward, work)
+    # Two bits a weight, alpha and mu for 128 of them, the permutation, and the description.
+    disk = sum(n * m // 4 + n * m // 32 + 4 * m + DESCRIPTION for n, m in ternary)
+    if on_gpu:
+        return Needs(host=max(body, layers) + 2 * hidden, gpu=compute, disk=disk)
+    return Needs(host=hidden + max(body + hidden, compute), gpu=0, disk=disk)
+
+
+def require_memory(needs: Needs, device: torch.device) -> None:
+    """Raises Pt2Error, with the figures, if the machine has less memory than `needs`."""
+    available = available_memory()
+    if needs.host > available:
+        raise Pt2Error(
+            f"about {_gb(needs.host)} of memory are needed and {_gb(available)} are available: use "
+            "fewer or shorter calibration samples, close other programs, or a larger machine"
+        )
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if needs.gpu > free:
+            raise Pt2Error(
+                f"about {_gb(needs.gpu)} of GPU memory are needed and {_gb(free)} are free on "
+                f"{device}: use --device cpu, or a larger GPU"
+            )
+
+
+def require_disk(path: Path, needed: int, purpose: str) -> None:
+    """Raises Pt2Error, with the figures, unless `needed` bytes are free where `path` will be.
+
+    purpose: what they are for, as in "for the work directory".
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise Pt2Error(
+            f"{_gb(needed)} of disk are needed {purpose} and {_gb(free)} are free at {place}: free "
+            "space, or choose a place on another disk"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take: of the machine, or of its container if less."""
+    return min([psutil.virtual_memory().available, *_container_limits()])
+
+
+def _container_limits() -> Iterable[int]:
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        cache = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    if limit == "max":
+        return []
+    return [int(limit) - used + int(cache.get("file", 0))]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,224 @@
+"""One call from a checkpoint to a complete work directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pt2gguf.convert.calibration import Calibration
+from pt2gguf.convert.groups import (
+    STATISTICS_BYTES,
+    Keep,
+    routers,
+    select_linears,
+    statistics_bytes,
+)
+from pt2gguf.convert.pipeline import batch_size, ternarize_layers
+from pt2gguf.convert.progress import Reporter, SilentReporter
+from pt2gguf.convert.resources import LayerSize, Needs, estimate, require_disk, require_memory
+from pt2gguf.convert.settings import make_settings
+from pt2gguf.convert.workdir import WorkDirectory
+from pt2gguf.errors import Pt2Error
+from pt2gguf.model import Checkpoint, Skeleton
+from pt2gguf.ternary import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which matrices of the decoder layers become ternary.
+
+    ternary: shape (n, m) by checkpoint name; kept: the reason by checkpoint name; layer: the size
+    of the largest layer.
+    """
+
+    ternary: Mapping[str, tuple[int, int]]
+    kept: Mapping[str, str]
+    layer: LayerSize
+
+
+def ternarize_checkpoint(
+    checkpoint: Checkpoint,
+    method: Method,
+    calibration: Calibration,
+    work_dir: str | Path,
+    *,
+    keep: Keep = lambda name: None,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+    reporter: Reporter | None = None,
+) -> WorkDirectory:
+    """Ternarize the decoder layers of `checkpoint` into `work_dir`, or finish what was begun there.
+
+    keep: matrices that are to stay in a stock type; threads: of PyTorch, as it is now if None;
+    force: discard what `work_dir` holds if it was begun with other settings.
+
+    Gives the complete work directory, locked until it is closed. Raises Pt2Error.
+    """
+    device = usable_device(device)
+    threads = threads or torch.get_num_threads()
+    reporter = reporter or SilentReporter()
+    skeleton = Skeleton(checkpoint)
+    plan = make_plan(skeleton, keep)
+    for note in describe_kept(plan.kept):
+        reporter.note(note)
+    _require_readable_ids(skeleton, calibration)
+    settings = make_settings(
+        model=checkpoint.fingerprint(),
+        layers=len(skeleton),
+        method=method,
+        calibration=calibration,
+        kept=plan.kept,
+        device=device,
+        threads=threads,
+    )
+    work = WorkDirectory.create(work_dir, settings, force)
+    try:
+        if not work.is_complete():
+            needs = conversion_needs(skeleton, plan, method, calibration, device)
+            require_memory(needs, device)
+            require_disk(work.path, needs.disk, "for the work directory")
+            with deterministic(device, threads):
+                ternarize_layers(skeleton, calibration.ids, method, work, device, reporter)
+    except BaseException:
+        work.close()
+        raise
+    return work
+
+
+def make_plan(skeleton: Skeleton, keep: Keep) -> Plan:
+    """Raises Pt2Error if nothing would be ternary."""
+    ternary: dict[str, tuple[int, int]] = {}
+    kept: dict[str, str] = {}
+    sizes: list[LayerSize] = []
+    for index, layer in enumerate(skeleton.layers):
+        stored_name = partial(skeleton.stored_name, index)
+        linears, kept_here = select_linears(layer, skeleton.config, stored_name, keep)
+        kept |= kept_here
+        shapes = {}
+        for linear in linears:
+            rows, columns = layer.get_submodule(linear).get_parameter("weight").shape
+            shapes[linear] = (rows, columns)
+        ternary |= {stored_name(f"{linear}.weight"): shape for linear, shape in shapes.items()}
+        sizes.append(
+            _layer_size(
+                sum(p.numel() for p in layer.parameters()),
+                shapes,
+                bool(routers(layer, skeleton.config)),
+            )
+        )
+    if not ternary:
+        reasons = "; ".join(describe_kept(kept)) or "its decoder layers hold no matrices"
+        raise Pt2Error(
+            f"nothing in {skeleton.checkpoint.path} can be ternarized: {reasons}; choose another "
+            "model or ask for fewer stock types"
+        )
+    largest = LayerSize(
+        max(size.parameters for size in sizes),
+        sorted({group for size in sizes for group in size.groups}),
+        max(size.statistics for size in sizes),
+    )
+    return Plan(ternary, kept, largest)
+
+
+def conversion_needs(
+    skeleton: Skeleton,
+    plan: Plan,
+    method: Method,
+    calibration: Calibration,
+    device: torch.device,
+) -> Needs:
+    """Memory and disk that the conversion will take."""
+    samples, length = calibration.ids.shape
+    return estimate(
+        layer=plan.layer,
+        body_parameters=skeleton.body_parameters(),
+        ternary=list(plan.ternary.values()),
+        samples=samples,
+        length=length,
+        hidden_size=skeleton.config.hidden_size,
+        batch=min(samples, batch_size(length, device)),
+        full_precision=bool(method.gptaq),
+        on_gpu=device.type == "cuda",
+    )
+
+
+def describe_kept(kept: Mapping[str, str]) -> list[str]:
+    """One sentence for each kind of matrix that is not ternary; layers and experts folded."""
+    kinds = Counter((re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in kept.items())
+    return [
+        f"{name} ({count} of them) stays in a stock type: {reason}"
+        for (name, reason), count in kinds.items()
+    ]
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device called `name`. Raises Pt2Error unless it is the CPU or a GPU that is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Pt2Error(f"{name!r} is not a device: choose cpu or cuda") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise Pt2Error(f"device {device} is not supported: choose cpu or cuda")
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise Pt2Error(
+            f"device {device} is not there: PyTorch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} CUDA GPUs; choose cpu, or install a CUDA build of PyTorch"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+@contextmanager
+def deterministic(device: torch.device, threads: int) -> Iterator[None]:
+    """Within this context, PyTorch gives the same result for the same input every time."""
+    threads_before = torch.get_num_threads()
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+
+
+def _layer_size(parameters: int, shapes: Mapping[str, tuple[int, int]], mixture: bool) -> LayerSize:
+    """As if all matrices of one row length in one module read the same input."""
+    groups: dict[tuple[str, int], int] = {}
+    for name, (rows, columns) in shapes.items():
+        key = (name.rpartition(".")[0], columns)
+        groups[key] = groups.get(key, 0) + rows
+    stacked = [(rows, columns) for (_, columns), rows in groups.items()]
+    single = max((statistics_bytes(columns) for _, columns in stacked), default=0)
+    together = sum(statistics_bytes(columns) for _, columns in stacked) if mixture else 0
+    return LayerSize(parameters, stacked, max(single, min(together, STATISTICS_BYTES)))
+
+
+def _require_readable_ids(skeleton: Skeleton, calibration: Calibration) -> None:
+    low, high = int(calibration.ids.min()), int(calibration.ids.max())
+    vocabulary = skeleton.config.vocab_size
+    if low < 0 or high >= vocabulary:
+        raise Pt2Error(
+            f"calibration ids go from {low} to {high}, and the model's vocabulary has "
+            f"{vocabulary}: make the ids with this model's own tokenizer"
+        )
+    length = calibration.ids.shape[1]
+    longest = getattr(skeleton.config, "max_position_embeddings", None) or length
+    if length > longest:
+        raise Pt2Error(
+            f"calibration samples of {length} tokens are longer than the model's context of "
+            f"{longest}: choose a --length of at most {longest}"
+        )

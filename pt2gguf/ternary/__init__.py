@@ -1,0 +1,16 @@
+"""The mathematics of PT2-LLM as pure functions on tensors: W ~ alpha * T + mu, T in {-1, 0, 1}."""
+
+from pt2gguf.ternary.method import METHODS, Method
+from pt2gguf.ternary.statistics import InputStatistics, NonFiniteInputs
+from pt2gguf.ternary.ternarize import TernarizationReport, ternarize
+from pt2gguf.ternary.weight import TernaryWeight
+
+__all__ = [
+    "METHODS",
+    "InputStatistics",
+    "Method",
+    "NonFiniteInputs",
+    "TernarizationReport",
+    "TernaryWeight",
+    "ternarize",
+]

@@ -1,0 +1,50 @@
+"""Choosing a block's digits jointly, on a fixed grid, for the least error under a metric.
+
+The metric M is (P_BB)^-1 = (L L^T)^-1 (see `compensation`), and a row's error is e M e^T with
+e = w - (alpha * t + mu). Both functions work in units of alpha, in which the grid of every row is
+{-1, 0, 1}, and on transposed weights, so that each step touches contiguous memory. Rows with
+alpha = 0 get digits 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def digits_with_feedback(W: Tensor, alpha: Tensor, mu: Tensor, L: Tensor) -> Tensor:
+    """Round column by column and feed each column's error forward, as GPTQ does.
+
+    W: (n, b); alpha, mu: (n,); L: (b, b). Column j goes to its nearest grid value, and its error e
+    moves the columns k > j by -e * L[k, j] / L[j, j]. Returns T (n, b).
+    """
+    work = _in_grid_units(W, alpha, mu)
+    T = torch.empty_like(work)
+    steps = L / L.diagonal()
+    for j, column in enumerate(work):
+        torch.round(column, out=T[j]).clamp_(-1, 1)
+        work[j + 1 :].addr_(steps[j + 1 :, j], column - T[j], alpha=-1)
+    return T.T.contiguous()
+
+
+def descend_digits(W: Tensor, alpha: Tensor, mu: Tensor, T: Tensor, M: Tensor) -> Tensor:
+    """One sweep of coordinate descent: each column's best digits with all the others fixed.
+
+    W, T: (n, b); alpha, mu: (n,); M: (b, b). Returns the new T; no row's error e M e^T rises.
+    """
+    T = T.T.contiguous()
+    diagonal = M.diagonal()
+    # How far each digit is from its optimum: half the error's slope against it, over its curvature.
+    distance = (M @ (_in_grid_units(W, alpha, mu) - T)) / diagonal.unsqueeze(1)
+    effect = M / diagonal  # row j: what one step of digit j does to the distances of the others
+    for j in range(len(T)):
+        best = (T[j] + distance[j]).round_().clamp_(-1, 1)
+        distance[j + 1 :].addr_(effect[j, j + 1 :], T[j] - best)
+        T[j] = best
+    return T.T.contiguous()
+
+
+def _in_grid_units(W: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:
+    """(b, n): (W - mu) / alpha transposed; 0 where alpha is 0."""
+    inverse = torch.where(alpha == 0, 0.0, 1 / alpha)
+    return ((W - mu.unsqueeze(1)) * inverse.unsqueeze(1)).T.contiguous()

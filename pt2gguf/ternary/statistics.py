@@ -1,0 +1,63 @@
+"""Second moments of a layer's calibration inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteInputs(Exception):  # noqa: N818 - names what was found, not a failure of ours
+    """Calibration inputs that are NaN or infinite, or whose squares overflow float32.
+
+    count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} calibration inputs are not finite or overflow when squared")
+        self.count = count
+
+
+class InputStatistics:
+    """Accumulates x x^T over calibration tokens: float32 products, summed in float64."""
+
+    def __init__(self, columns: int, device: torch.device | str, with_full_precision: bool) -> None:
+        """columns: the length m of an input; with_full_precision: collect `cross` as well."""
+        self.tokens = 0
+        self._products = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self._cross = torch.zeros_like(self._products) if with_full_precision else None
+
+    def add(self, x: Tensor, x_full: Tensor | None = None) -> None:
+        """Count a batch of inputs.
+
+        x: (tokens, m), inputs from the quantized part of the model, any float type.
+        x_full: the same tokens' inputs in the full-precision model; needed exactly when this
+            object was made `with_full_precision`.
+
+        Raises NonFiniteInputs, without counting the batch.
+        """
+        if (x_full is None) != (self._cross is None):
+            raise ValueError("x_full must be given exactly when with_full_precision was set")
+        x = x.float()
+        products = x.T @ x
+        finite = torch.isfinite(products).all()
+        if x_full is not None:
+            x_full = x_full.float()
+            cross = (x_full - x).T @ x
+            finite &= torch.isfinite(cross).all()
+        if not finite:
+            inputs = [x] if x_full is None else [x, x_full]
+            raise NonFiniteInputs(sum(int((~torch.isfinite(v * v)).sum()) for v in inputs))
+        self._products += products
+        if self._cross is not None:
+            self._cross += cross
+        self.tokens += len(x)
+
+    @property
+    def hessian(self) -> Tensor:
+        """(m, m) float64: 2 / tokens * sum x x^T."""
+        return self._products * (2 / max(self.tokens, 1))
+
+    @property
+    def cross(self) -> Tensor | None:
+        """(m, m) float64: 2 / tokens * sum (x_full - x) x^T; None without full precision."""
+        return None if self._cross is None else self._cross * (2 / max(self.tokens, 1))

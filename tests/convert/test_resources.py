@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import save_model
+
+from pt2gguf.convert import resources
+from pt2gguf.convert.calibration import Calibration
+from pt2gguf.convert.resources import LayerSize, available_memory, estimate, require_disk
+from pt2gguf.convert.run import conversion_needs, make_plan, ternarize_checkpoint
+from pt2gguf.errors import Pt2Error
+from pt2gguf.model import Checkpoint, Skeleton
+from pt2gguf.ternary import METHODS
+
+CPU = torch.device("cpu")
+IDS = Calibration(torch.zeros(4, 16, dtype=torch.int64), {})
+Usage = namedtuple("Usage", "free")
+Memory = namedtuple("Memory", "available")
+
+
+def _no_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resources, "CGROUP", tmp_path / "none")
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(save_model(tmp_path / "m", "llama"))
+    _no_container(monkeypatch, tmp_path)
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory(10_000))
+    with pytest.raises(
+        Pt2Error,
+        match=r"^about 0\.\d\d GB of memory are needed and 0\.00 GB are available: use fewer",
+    ):
+        ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w")
+    # Refused before any work, and the directory is free for the next attempt.
+    monkeypatch.undo()
+    ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w").close()
+
+
+def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(save_model(tmp_path / "m", "llama"))
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: Usage(1000))
+    with pytest.raises(
+        Pt2Error, match=r"of disk are needed for the work directory and 0\.00 GB are free at /"
+    ):
+        ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w")
+
+
+def test_disk_of_a_place_that_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        resources.shutil, "disk_usage", lambda path: asked.append(path) or Usage(100)
+    )
+    require_disk(tmp_path / "a" / "b.gguf", 100, "for the output")
+    assert asked == [tmp_path]
+    with pytest.raises(Pt2Error, match="are needed for the output and"):
+        require_disk(tmp_path / "a" / "b.gguf", 101, "for the output")
+
+
+def test_work_directory_is_no_larger_than_estimated(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_model(tmp_path / "m", "llama"))
+    skeleton = Skeleton(checkpoint)
+    plan = make_plan(skeleton, lambda name: False)
+    needs = conversion_needs(skeleton, plan, METHODS["default"], IDS, CPU)
+    with ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w") as work:
+        size = sum(file.stat().st_size for file in work.path.glob("layer-*.safetensors"))
+        weights = len(work.names())
+    assert size <= needs.disk
+    assert needs.disk <= size + weights * resources.DESCRIPTION
+
+
+def test_estimate_follows_its_parts() -> None:
+    base = {
+        "layer": LayerSize(10**6, [(2048, 1024)], 16 * 1024**2),
+        "body_parameters": 10**6,
+        "ternary": [(2048, 1024)],
+        "samples": 128,
+        "length": 512,
+        "hidden_size": 1024,
+        "batch": 8,
+        "full_precision": True,
+        "on_gpu": False,
+    }
+    needs = estimate(**base)
+    hidden = 2 * 128 * 512 * 1024 * 4
+    assert needs.gpu == 0
+    assert needs.host > hidden + 2 * 4 * 10**6 + 16 * 1024**2
+    assert estimate(**{**base, "samples": 256}).host - needs.host >= hidden
+    assert estimate(**{**base, "full_precision": False}).host < needs.host - hidden // 2
+    on_gpu = estimate(**{**base, "on_gpu": True})
+    assert on_gpu.gpu >= 2 * 4 * 10**6 + 16 * 1024**2
+    assert on_gpu.disk == needs.disk
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", 5000), ("9000", 5000), ("2000", 2000 - 900 + 300)]
+)
+def test_memory_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
+) -> None:
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 600\nfile 300\n")
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory(5000))
+    assert available_memory() == expected

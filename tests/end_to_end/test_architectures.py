@@ -1,0 +1,79 @@
+"""What llama.cpp computes from the file is what the ternary weights mean, for each architecture.
+
+Small random models go through the command line; llama.cpp's logits of the file are compared with
+those of transformers on the dequantized weights. A row or column in the wrong place would make
+them independent of each other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY
+from small_models import save_model
+
+from pt2gguf.cli import main as pt2gguf
+from pt2gguf.commands.convert import gguf_namer
+from pt2gguf.convert.workdir import WorkDirectory
+from pt2gguf.evaluation.reference_model import load_reference_model
+from pt2gguf.export.llama_cpp import import_llama_cpp
+from pt2gguf.model import Checkpoint
+
+LENGTH = 48
+AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
+    # It does not slide the windows of these architectures, and always normalises these weights.
+    "qwen2": {"sliding_window": 4096},
+    "mistral": {"sliding_window": 4096},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
+
+
+@pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"])
+def test_logits_are_those_of_the_dequantized_weights(
+    tmp_path: Path, monkeypatch, installation, kind: str, block_type: str
+) -> None:
+    # llama.cpp knows no hash of the example's tokenizer where it wants a BPE one.
+    conversion = import_llama_cpp(installation).conversion
+    monkeypatch.setattr(conversion.TextModel, "get_vocab_base_pre", lambda *_: "qwen2")
+    model = save_model(tmp_path / "model", kind, vocab_size=VOCABULARY, **AS_LLAMA_CPP.get(kind, {}))
+    for name in TOKENIZER_FILES:
+        shutil.copy(EXAMPLE_MODEL / name, model)
+    file, work_directory = tmp_path / "model.gguf", tmp_path / "work"
+    # f16 ends: llama.cpp's own quantization of these is not what is tested.
+    options = ["--type", block_type, "--calibration", EXAMPLE_TEXT]
+    options += ["--samples", 8, "--length", LENGTH, "--work", work_directory, "--keep-work"]
+    options += ["--output-type", "f16", "--embedding-type", "f16"]
+    assert pt2gguf(list(map(str, ["convert", model, file, *options]))) == 0
+    tokens = torch.randint(3, VOCABULARY, (LENGTH,)).tolist()
+    expected = _reference_logits(model, file, work_directory, installation, tokens)
+    actual = _llama_cpp_logits(file, tokens)
+    # Activations are rounded to int8 in groups of 32 (a relative error of about 0.5%) in each of
+    # a few matrices in a row, and the router of a mixture may tip over for single tokens.
+    correlations = [np.corrcoef(a, e)[0, 1] for a, e in zip(actual, expected, strict=True)]
+    assert np.median(correlations) > 0.999
+    assert np.mean(np.array(correlations) > 0.99) > 0.9
+
+
+def _reference_logits(model, file, work_directory, installation, tokens) -> np.ndarray:
+    llama_cpp = import_llama_cpp(installation)
+    checkpoint = Checkpoint(model)
+    with WorkDirectory.open_existing(work_directory) as work:
+        reference = load_reference_model(
+            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, checkpoint)
+        )
+    with torch.inference_mode():
+        return reference(torch.tensor([tokens])).logits[0].numpy()
+
+
+def _llama_cpp_logits(file: Path, tokens: list[int]) -> np.ndarray:
+    from llama_cpp import Llama
+
+    llama = Llama(str(file), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    llama.eval(tokens)
+    return np.array(llama.scores[: len(tokens)])

@@ -1,0 +1,64 @@
+"""Small randomly initialised models of several architectures, saved as checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+VOCABULARY = 97
+
+_DENSE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+    "mistral": (MistralConfig, {"sliding_window": 8}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 3, "num_experts_per_tok": 2}),
+}
+
+
+def make_model(kind: str, **changes: Any) -> PreTrainedModel:
+    """A float32 model of an architecture of `CONFIGS`; the same one every time."""
+    config_class, values = CONFIGS[kind]
+    torch.manual_seed(0)
+    config = config_class(**{**_DENSE, **values, **changes})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_model(
+    path: Path, kind: str, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """Save such a model at `path` and return it."""
+    make_model(kind, **changes).to(dtype).save_pretrained(path)
+    return path
