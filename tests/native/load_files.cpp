@@ -6,11 +6,14 @@
 #include <string>
 #include <vector>
 
-static std::string last_error;
+static std::string errors;
 
 static void keep_errors(ggml_log_level level, const char * text, void *) {
     if (level == GGML_LOG_LEVEL_ERROR) {
-        last_error = text;
+        errors += text;
+        if (errors.back() == '\n') {
+            errors.back() = ';';
+        }
     }
 }
 
@@ -32,14 +35,14 @@ int main(int argc, char ** argv) {
     llama_log_set(keep_errors, nullptr);
     llama_backend_init();
     for (int i = 1; i < argc; ++i) {
-        last_error.clear();
+        errors.clear();
         llama_model_params params = llama_model_default_params();
         llama_model * model = llama_model_load_from_file(argv[i], params);
         if (model) {
             printf("%s: loads and %s\n", argv[i], decodes(model) ? "decodes" : "does not decode");
             llama_model_free(model);
         } else {
-            printf("%s: refused: %s", argv[i], last_error.c_str());
+            printf("%s: refused: %s\n", argv[i], errors.c_str());
         }
         fflush(stdout);
     }

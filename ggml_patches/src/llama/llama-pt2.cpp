@@ -49,18 +49,21 @@ void llama_pt2_perms::create(llama_model_loader & ml) {
             continue;
         }
         const std::string weight_name = name.substr(0, name.size() - PERM_SUFFIX.size()) + ".weight";
-        for (auto & [key, ctx] : ml.ctx_map) {
-            ggml_tensor * weight = ggml_get_tensor(ctx.get(), weight_name.c_str());
-            if (!weight) {
-                continue;
-            }
-            check_perm_shape(entry.tensor, weight);
-            ggml_tensor * perm = ggml_dup_tensor(ctx.get(), entry.tensor);
-            ggml_set_name(perm, name.c_str());
-            perm_of.emplace(weight, perm);
-            ml.n_created++;
-            break;
+        ggml_context * ctx    = nullptr;
+        ggml_tensor  * weight = nullptr;
+        for (auto it = ml.ctx_map.begin(); it != ml.ctx_map.end() && !weight; ++it) {
+            ctx    = it->second.get();
+            weight = ggml_get_tensor(ctx, weight_name.c_str());
         }
+        if (!weight) {
+            throw std::runtime_error(format("tensor '%s' permutes '%s', which the model does not have",
+                name.c_str(), weight_name.c_str()));
+        }
+        check_perm_shape(entry.tensor, weight);
+        ggml_tensor * perm = ggml_dup_tensor(ctx, entry.tensor);
+        ggml_set_name(perm, name.c_str());
+        perm_of.emplace(weight, perm);
+        ml.n_created++;
     }
 }
 
