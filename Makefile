@@ -2,36 +2,55 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-DEMO   := build/demo
+CPP    := $(shell git ls-files 'ggml_patches/src/*.[ch]' 'ggml_patches/src/*.cpp' 'tests/*.c' 'tests/*.cpp')
+
+# A fresh clone elsewhere shares the compiler's cache, if there is one.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint format bench clean
+.PHONY: help demo test build sanitized lint format bench system clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: build ## convert the example model, let it talk, and compare its speed and size
-	$(BIN)/python examples/demo.py --output $(DEMO)
+	$(BIN)/python examples/demo.py --output build/demo
 
-test: build ## run every test
+test: lint build sanitized ## check everything
 	$(BIN)/python -m pytest
 
-build: $(VENV)/installed ## build the patched llama.cpp into build/ and put it into .venv
-	@tools/system-packages c++ git
+build: system $(VENV)/installed ## build the patched llama.cpp into build/ and put it into .venv
 	$(BIN)/pt2gguf build --build-dir build
+
+# The loader with AddressSanitizer and UBSan, for the tests with damaged files.
+sanitized: build
+	$(BIN)/cmake -G Ninja -S cmake -B build/asan -DPT2_LLAMA_CPP_SOURCE=$(CURDIR)/build/llama.cpp \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON -DGGML_OPENMP=OFF \
+	    -DCMAKE_C_FLAGS_RELEASE='-O1 -DNDEBUG' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
+	$(BIN)/cmake --build build/asan --target load-files
 
 lint: $(VENV)/installed ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'ggml_patches/src/*.c' 'ggml_patches/src/*.cpp' 'ggml_patches/src/*.h' 'tests/*.c' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
-bench: build ## measure quality and speed; writes benchmarks/results/
+bench: build ## measure quality (needs ../shared); fills benchmarks/results/ and the README's tables
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/tables.py
+
+# A compiler and git are all that pip does not bring. Root installs them, others are told.
+system:
+	@command -v c++ git >/dev/null 2>&1 || { \
+	    test "$$(id -u)" = 0 && apt-get update -q && apt-get install -qy g++ git; } || { \
+	    echo "a C++ compiler and git are needed: apt-get install g++ git" >&2; exit 1; }
 
 # PyTorch's CPU build first: a plain "torch" would bring gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml

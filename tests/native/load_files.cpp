@@ -19,7 +19,7 @@ static void keep_errors(ggml_log_level level, const char * text, void *) {
 
 static bool decodes(llama_model * model) {
     llama_context_params params = llama_context_default_params();
-    params.n_ctx     = 64;
+    params.n_ctx = 64;
     params.n_threads = 1;
     llama_context * ctx = llama_init_from_model(model, params);
     if (!ctx) {

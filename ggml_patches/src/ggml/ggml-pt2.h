@@ -19,7 +19,7 @@ extern "C" {
 typedef struct {
     ggml_fp16_t alpha;
     ggml_fp16_t mu;
-    uint8_t     qs[QK_PT2/4];
+    uint8_t qs[QK_PT2 / 4];
 } block_tq2_1;
 
 // TQ1_1, 1.875 bits per weight: every byte holds base-3 digits, most significant first, as the
@@ -31,15 +31,15 @@ typedef struct {
 typedef struct {
     ggml_fp16_t alpha;
     ggml_fp16_t mu;
-    uint8_t     qs[QK_PT2/5 + 1];
+    uint8_t qs[QK_PT2 / 5 + 1];
 } block_tq1_1;
 
 // Activations for both, never stored in files: x = d[j/32]*qs[j], and the sum of these x. With one
 // scale for all 128 the logits' KL divergence from float activations was 2.5 times as large.
 typedef struct {
     int8_t qs[QK_PT2];
-    float  d[QK_PT2/32];
-    float  sum;
+    float d[QK_PT2 / 32];
+    float sum;
 } block_q8_t;
 
 #ifdef __cplusplus
@@ -60,20 +60,27 @@ _Static_assert(sizeof(block_tq2_1) == 36 && sizeof(block_tq1_1) == 30 && sizeof(
 // of this build, so that no file can come to depend on them. Other numbers are upstream's.
 static inline int32_t ggml_pt2_type_from_file(int32_t number) {
     switch (number) {
-        case PT2_FILE_TYPE_TQ1_1: return GGML_TYPE_TQ1_1;
-        case PT2_FILE_TYPE_TQ2_1: return GGML_TYPE_TQ2_1;
-        case GGML_TYPE_TQ1_1:
-        case GGML_TYPE_TQ2_1:
-        case GGML_TYPE_Q8_T:      return GGML_TYPE_COUNT;
-        default:                  return number;
+    case PT2_FILE_TYPE_TQ1_1:
+        return GGML_TYPE_TQ1_1;
+    case PT2_FILE_TYPE_TQ2_1:
+        return GGML_TYPE_TQ2_1;
+    case GGML_TYPE_TQ1_1:
+    case GGML_TYPE_TQ2_1:
+    case GGML_TYPE_Q8_T:
+        return GGML_TYPE_COUNT;
+    default:
+        return number;
     }
 }
 
 static inline int32_t ggml_pt2_type_to_file(int32_t type) {
     switch (type) {
-        case GGML_TYPE_TQ1_1: return PT2_FILE_TYPE_TQ1_1;
-        case GGML_TYPE_TQ2_1: return PT2_FILE_TYPE_TQ2_1;
-        default:              return type;
+    case GGML_TYPE_TQ1_1:
+        return PT2_FILE_TYPE_TQ1_1;
+    case GGML_TYPE_TQ2_1:
+        return PT2_FILE_TYPE_TQ2_1;
+    default:
+        return type;
     }
 }
 
@@ -86,8 +93,7 @@ static inline bool ggml_pt2_is_ternary(enum ggml_type type) {
 GGML_API void ggml_mul_mat_set_perm(struct ggml_tensor * node, struct ggml_tensor * perm);
 
 static inline struct ggml_tensor * ggml_mul_mat_get_perm(const struct ggml_tensor * node) {
-    return node->op == GGML_OP_MUL_MAT    ? node->src[2] :
-           node->op == GGML_OP_MUL_MAT_ID ? node->src[3] : NULL;
+    return node->op == GGML_OP_MUL_MAT ? node->src[2] : node->op == GGML_OP_MUL_MAT_ID ? node->src[3] : NULL;
 }
 
 // Reference implementations. k is a multiple of QK_PT2.
@@ -97,8 +103,10 @@ GGML_API void quantize_row_tq1_1_ref(const float * x, block_tq1_1 * y, int64_t k
 GGML_API void quantize_row_tq2_1_ref(const float * x, block_tq2_1 * y, int64_t k);
 
 // With the signature of ggml-quants.h: quant_weights is NULL or n_per_row importances.
-GGML_API size_t quantize_tq1_1(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * quant_weights);
-GGML_API size_t quantize_tq2_1(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * quant_weights);
+GGML_API size_t quantize_tq1_1(const float * src, void * dst, int64_t nrows, int64_t n_per_row,
+                               const float * quant_weights);
+GGML_API size_t quantize_tq2_1(const float * src, void * dst, int64_t nrows, int64_t n_per_row,
+                               const float * quant_weights);
 
 // Whether every scale is finite and every digit is 0, 1 or 2 (llama-cli --check-tensors).
 GGML_API bool ggml_pt2_validate_row(enum ggml_type type, const void * data, size_t nbytes);

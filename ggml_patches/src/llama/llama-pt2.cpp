@@ -15,12 +15,13 @@ void llama_pt2_check_version(const gguf_context * metadata) {
         return;
     }
     if (gguf_get_kv_type(metadata, key) != GGUF_TYPE_UINT32) {
-        throw std::runtime_error(format("%s has type %s instead of u32: not a file that pt2gguf wrote",
-            PT2_VERSION_KEY, gguf_type_name(gguf_get_kv_type(metadata, key))));
+        throw std::runtime_error(format("%s has type %s instead of u32: not a file that pt2gguf wrote", PT2_VERSION_KEY,
+                                        gguf_type_name(gguf_get_kv_type(metadata, key))));
     }
     const uint32_t version = gguf_get_val_u32(metadata, key);
     if (version != PT2_VERSION) {
-        throw std::runtime_error(format("%s is %u and this build reads version %u: get a pt2gguf that reads version %u, then run 'pt2gguf build'",
+        throw std::runtime_error(format(
+            "%s is %u and this build reads version %u: get a pt2gguf that reads version %u, then run 'pt2gguf build'",
             PT2_VERSION_KEY, version, PT2_VERSION, version));
     }
 }
@@ -35,11 +36,12 @@ static bool is_perm_name(const std::string & name) {
 static void check_perm_shape(const ggml_tensor * perm, const ggml_tensor * weight) {
     if (!ggml_pt2_is_ternary(weight->type)) {
         throw std::runtime_error(format("tensor '%s' permutes '%s', which is of type %s instead of tq1_1 or tq2_1",
-            perm->name, weight->name, ggml_type_name(weight->type)));
+                                        perm->name, weight->name, ggml_type_name(weight->type)));
     }
     if (perm->type != GGML_TYPE_I32 || ggml_n_dims(perm) != 1 || perm->ne[0] != weight->ne[0]) {
-        throw std::runtime_error(format("tensor '%s' is not a permutation: it has %lld elements of type %s, and '%s' has %lld columns",
-            perm->name, (long long) ggml_nelements(perm), ggml_type_name(perm->type), weight->name, (long long) weight->ne[0]));
+        throw std::runtime_error(format(
+            "tensor '%s' is not a permutation: it has %lld elements of type %s, and '%s' has %lld columns", perm->name,
+            (long long) ggml_nelements(perm), ggml_type_name(perm->type), weight->name, (long long) weight->ne[0]));
     }
 }
 
@@ -49,15 +51,15 @@ void llama_pt2_perms::create(llama_model_loader & ml) {
             continue;
         }
         const std::string weight_name = name.substr(0, name.size() - PERM_SUFFIX.size()) + ".weight";
-        ggml_context * ctx    = nullptr;
-        ggml_tensor  * weight = nullptr;
+        ggml_context * ctx = nullptr;
+        ggml_tensor * weight = nullptr;
         for (auto it = ml.ctx_map.begin(); it != ml.ctx_map.end() && !weight; ++it) {
-            ctx    = it->second.get();
+            ctx = it->second.get();
             weight = ggml_get_tensor(ctx, weight_name.c_str());
         }
         if (!weight) {
-            throw std::runtime_error(format("tensor '%s' permutes '%s', which the model does not have",
-                name.c_str(), weight_name.c_str()));
+            throw std::runtime_error(
+                format("tensor '%s' permutes '%s', which the model does not have", name.c_str(), weight_name.c_str()));
         }
         check_perm_shape(entry.tensor, weight);
         ggml_tensor * perm = ggml_dup_tensor(ctx, entry.tensor);
@@ -74,9 +76,10 @@ void llama_pt2_perms::check_data() const {
         std::vector<bool> seen(data.size(), false);
         for (size_t j = 0; j < data.size(); ++j) {
             if (data[j] < 0 || (size_t) data[j] >= data.size() || seen[data[j]]) {
-                throw std::runtime_error(format("tensor '%s' is not a permutation of %zu columns: element %zu is %d, %s",
-                    perm->name, data.size(), j, data[j],
-                    data[j] < 0 || (size_t) data[j] >= data.size() ? "out of range" : "which occurs twice"));
+                throw std::runtime_error(
+                    format("tensor '%s' is not a permutation of %zu columns: element %zu is %d, %s", perm->name,
+                           data.size(), j, data[j],
+                           data[j] < 0 || (size_t) data[j] >= data.size() ? "out of range" : "which occurs twice"));
             }
             seen[data[j]] = true;
         }
@@ -100,8 +103,9 @@ void llama_pt2_perms::check_graph(ggml_cgraph * graph) const {
             const ggml_tensor * src = node->src[j];
             const auto it = src ? perm_of.find(src->view_src ? src->view_src : src) : perm_of.end();
             if (it != perm_of.end() && ggml_mul_mat_get_perm(node) != it->second) {
-                throw std::runtime_error(format("node '%s' (%s) uses '%s' without its column order: this architecture needs a file without '%s' (pt2gguf convert --method with ssr off)",
-                    node->name, ggml_op_name(node->op), it->first->name, it->second->name));
+                throw std::runtime_error(format("node '%s' (%s) uses '%s' without its column order: this architecture "
+                                                "needs a file without '%s' (pt2gguf convert --method with ssr off)",
+                                                node->name, ggml_op_name(node->op), it->first->name, it->second->name));
             }
         }
     }
