@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results/, between their markers."""
+"""Writes the tables of README.md and docs/quality.md from benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -10,41 +10,56 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 README = REPOSITORY / "README.md"
+QUALITY = REPOSITORY / "docs" / "quality.md"
 
 
 def main() -> None:
-    text = README.read_text()
     quality = json.loads((RESULTS / "quality-llama-30m.json").read_text())
     ablation = [result for result in quality if "paper" in result["name"]]
     others = [result for result in quality if result not in ablation]
-    text = replace(text, "quality", quality_table(others))
-    text = replace(text, "ablation", quality_table(ablation))
-    README.write_text(text)
+    speed = json.loads((RESULTS / "speed-llama-30m.json").read_text())
+    replace(README, "quality", quality_table(others))
+    replace(README, "speed", speed_table(speed))
+    replace(QUALITY, "ablation", quality_table(ablation))
 
 
 def quality_table(results: Iterable[dict]) -> str:
-    rows = [("file", "MB", "heldout-web", "wikitext2-test", "made in")]
-    rows.append(("---", "---:", "---:", "---:", "---:"))
-    for result in results:
-        perplexity = result["perplexity"]
-        rows.append(
-            (
-                result["name"],
-                f"{result['bytes'] / 1e6:.2f}",
-                f"{perplexity['heldout-web']:.2f}",
-                f"{perplexity['wikitext2-test']:.2f}",
-                f"{result['seconds']:.0f} s",
-            )
+    rows = [
+        (
+            result["name"],
+            f"{result['bytes'] / 1e6:.2f}",
+            f"{result['perplexity']['heldout-web']:.2f}",
+            f"{result['perplexity']['wikitext2-test']:.2f}",
+            f"{result['seconds']:.0f} s",
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        for result in results
+    ]
+    return table(("file", "MB", "heldout-web", "wikitext2-test", "made in"), rows)
 
 
-def replace(text: str, name: str, table: str) -> str:
-    """The text with the table between its markers <!-- name --> and <!-- /name -->."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+def speed_table(speed: dict) -> str:
+    def rate(summary: dict[str, float]) -> str:
+        return f"{summary['median']:.0f} ({summary['min']:.0f} to {summary['max']:.0f})"
+
+    rows = [
+        (name, f"{file['bytes'] / 1e6:.2f}", rate(file["pp128"]), rate(file["tg64"]))
+        for name, file in speed["files"].items()
+    ]
+    return table(("type", "MB", "prefill pp128", "decode tg64"), rows)
+
+
+def table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    line = ("---", *["---:"] * (len(heading) - 1))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, line, *rows))
+
+
+def replace(document: Path, name: str, content: str) -> None:
+    """Puts the content between the document's markers <!-- name --> and <!-- /name -->."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text = document.read_text()
     if not pattern.search(text):
-        raise ValueError(f"README.md has no markers for the table {name!r}")
-    return pattern.sub(lambda match: match[1] + table + match[2], text)
+        raise ValueError(f"{document} has no markers for the table {name!r}")
+    document.write_text(pattern.sub(lambda match: match[1] + content + "\n" + match[2], text))
 
 
 if __name__ == "__main__":

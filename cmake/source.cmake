@@ -56,9 +56,9 @@ function(pt2_copy_source source directory)
     endif()
     file(COPY "${source}/" DESTINATION "${directory}"
         PATTERN ".git" EXCLUDE
-        PATTERN "build*" EXCLUDE
         PATTERN "__pycache__" EXCLUDE
-        REGEX "${source}/models/.*\\.gguf$" EXCLUDE)
+        REGEX "^${source}/build[^/]*$" EXCLUDE
+        PATTERN "*.gguf" EXCLUDE)
 endfunction()
 
 function(pt2_unpack_sdist directory)
