@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pt2gguf.errors import Pt2Error
+from pt2gguf.export.stock_types import STOCK_TYPES, parse_stock_type
 
 if TYPE_CHECKING:
     from pt2gguf.export.llama_cpp import LlamaCpp
@@ -30,11 +31,15 @@ def add_parser(commands: Any) -> None:
             "Ternarizes the decoder layers of a Hugging Face checkpoint and writes a GGUF file. "
             "Interrupted at any point, the same command goes on where it stopped."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"TYPE is one of {', '.join(STOCK_TYPES)}.",
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a name on the hub")
     parser.add_argument("output", metavar="OUT.gguf", type=Path, help="the file to write")
-    parser.add_argument("--force", action="store_true", help="replace OUT.gguf and start afresh")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT.gguf, and drop a work directory that was begun with other settings",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="a line for each tensor")
 
     file = parser.add_argument_group("the file")
@@ -42,10 +47,21 @@ def add_parser(commands: Any) -> None:
         "--type",
         choices=("tq2_1", "tq1_1"),
         default="tq2_1",
-        help="tq2_1: 2.25 bits per weight, fastest; tq1_1: 1.875 bits, smallest; same values",
+        help="tq2_1 (default): 2.25 bits per weight, fastest; tq1_1: 1.875 bits, smallest; "
+        "the same values in both",
     )
-    file.add_argument("--output-type", metavar="TYPE", default="q6_k", help="of the output head")
-    file.add_argument("--embedding-type", metavar="TYPE", default="q6_k", help="of the embeddings")
+    file.add_argument(
+        "--output-type",
+        metavar="TYPE",
+        default="q6_k",
+        help="of the output head (default: %(default)s)",
+    )
+    file.add_argument(
+        "--embedding-type",
+        metavar="TYPE",
+        default="q6_k",
+        help="of the embeddings (default: %(default)s)",
+    )
     file.add_argument(
         "--tensor-type",
         metavar="REGEX=TYPE",
@@ -60,16 +76,20 @@ def add_parser(commands: Any) -> None:
         metavar="FILE|NAME",
         action="append",
         help="text file, data set (wikitext2, c4, ptb) or .npy of token ids (repeatable); "
-        "wikitext2 if not given",
+        "default: wikitext2",
     )
-    calibration.add_argument("--samples", metavar="N", type=int, default=128, help="windows")
+    calibration.add_argument(
+        "--samples", metavar="N", type=int, default=128, help="windows (default: %(default)s)"
+    )
     calibration.add_argument(
         "--length",
         metavar="N",
         type=int,
-        help=f"tokens in a window; {DEFAULT_LENGTH} or the model's context if not given",
+        help=f"tokens in a window (default: {DEFAULT_LENGTH}, or the model's context)",
     )
-    calibration.add_argument("--seed", metavar="N", type=int, default=0, help="of the windows")
+    calibration.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the windows (default: %(default)s)"
+    )
 
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -85,13 +105,20 @@ def add_parser(commands: Any) -> None:
         ("gptq", "GPTQ's compensation between blocks"),
     ):
         method.add_argument(f"--no-{switch}", action="store_true", help=f"without {meaning}")
-    method.add_argument("--gptaq", metavar="WEIGHT", type=float, help="weight of GPTAQ's term")
+    method.add_argument(
+        "--gptaq",
+        metavar="WEIGHT",
+        type=float,
+        help="weight of GPTAQ's term (default: the method's)",
+    )
 
     running = parser.add_argument_group("running")
-    running.add_argument("--device", default="cpu", help="cpu or cuda")
-    running.add_argument("--threads", metavar="N", type=int, help="CPU threads; all if not given")
+    running.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     running.add_argument(
-        "--work", metavar="DIR", type=Path, help="work directory; OUT.gguf.work if not given"
+        "--threads", metavar="N", type=int, help="CPU threads (default: one for each core)"
+    )
+    running.add_argument(
+        "--work", metavar="DIR", type=Path, help="work directory (default: OUT.gguf.work)"
     )
     running.add_argument("--keep-work", action="store_true", help="keep it after success")
     parser.set_defaults(run=run)
@@ -108,7 +135,6 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.export.gguf_file import ExportOptions, write_gguf
     from pt2gguf.export.llama_cpp import import_llama_cpp
     from pt2gguf.export.precheck import find_unexportable, require_known_vocabulary
-    from pt2gguf.export.stock_types import parse_stock_type
     from pt2gguf.export.work_source import WorkSource
     from pt2gguf.model import Checkpoint, Skeleton
     from pt2gguf.native.installation import find_installation
@@ -195,7 +221,6 @@ def _require_writable(output: Path, force: bool) -> None:
 
 
 def _parse_tensor_types(rules: list[str]) -> list[tuple[re.Pattern[str], str]]:
-    from pt2gguf.export.stock_types import parse_stock_type
 
     parsed = []
     for rule in rules:

@@ -68,8 +68,7 @@ def write_gguf(
         Pt2Error: the architecture is unknown to the converter, or does to a ternary weight what
             alpha, mu and T cannot follow, or the file cannot be written.
     """
-    qtypes = [llama_cpp.gguf.GGMLQuantizationType[name] for name in ("Q4_K", "Q5_K", "Q6_K")]
-    teach_gguf_py(llama_cpp.gguf, llama_cpp.ggml_library, qtypes)
+    teach_gguf_py(llama_cpp.gguf, llama_cpp.ggml_library)
     converter_class = _with_ternary_weights(
         llama_cpp.model_class(checkpoint), source, options, llama_cpp.gguf
     )

@@ -6,7 +6,6 @@ gguf-py quantizes to some types only; the C library of the same build does the o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,13 +39,14 @@ def _qtype(name: str, gguf: ModuleType) -> Any:
     return gguf.GGMLQuantizationType[name.upper()]
 
 
-def teach_gguf_py(gguf: ModuleType, library: Path, types: Iterable[Any]) -> None:
-    """Gives gguf-py's quantizer classes ggml's own implementation for `types`.
+def teach_gguf_py(gguf: ModuleType, library: Path) -> None:
+    """Gives gguf-py's K-quants, which it can only dequantize, ggml's own quantization.
 
-    For K-quants gguf-py can only dequantize. Blocks are quantized independently of each other.
+    Args:
+        gguf: the gguf package.
+        library: libggml-base of the same build.
     """
-    ggml = ctypes.CDLL(str(library))
-    quantize_chunk = ggml.ggml_quantize_chunk
+    quantize_chunk = ctypes.CDLL(str(library)).ggml_quantize_chunk
     quantize_chunk.restype = ctypes.c_size_t
     quantize_chunk.argtypes = [
         ctypes.c_int,
@@ -59,15 +59,14 @@ def teach_gguf_py(gguf: ModuleType, library: Path, types: Iterable[Any]) -> None
     ]
 
     def quantize_blocks(cls: Any, blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
+        # Blocks are quantized independently of each other: each is a row.
         source = np.ascontiguousarray(blocks, dtype=np.float32)
         packed = np.empty((len(source), cls.type_size), dtype=np.uint8)
-        size = quantize_chunk(
-            cls.qtype, source.ctypes.data, packed.ctypes.data, 0, *source.shape, None
-        )
-        assert size == packed.nbytes
+        rows, columns = source.shape
+        quantize_chunk(cls.qtype, source.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
         return packed
 
-    for qtype in types:
-        quantizer = gguf.quants._type_traits.get(qtype)
-        if quantizer is not None and qtype.name.endswith("_K"):
+    for name in STOCK_TYPES:
+        if name.endswith("_k"):
+            quantizer = getattr(gguf.quants, name.upper())
             quantizer.quantize_blocks = classmethod(quantize_blocks)

@@ -82,14 +82,17 @@ def _cmake_project() -> Path:
 
 
 def _generator() -> list[str]:
-    return ["-G", "Ninja"] if shutil.which("ninja") else []
+    return ["-G", "Ninja"] if shutil.which("ninja", path=_search_path()) else []
+
+
+def _search_path() -> str:
+    """With the environment's own programs: cmake and ninja come as packages."""
+    return sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
 
 
 def _run(command: list[str], doing: str) -> None:
-    scripts = sysconfig.get_path("scripts")  # cmake and ninja come as packages of the environment
-    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
     try:
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env={**os.environ, "PATH": _search_path()})
     except FileNotFoundError:
         raise Pt2Error(f"{command[0]} was not found: pip install {command[0]}") from None
     except subprocess.CalledProcessError as error:
