@@ -54,11 +54,14 @@ function(pt2_copy_source source directory)
     if(NOT EXISTS "${source}/ggml/include/ggml.h" OR NOT EXISTS "${source}/include/llama.h")
         message(FATAL_ERROR "${source} is not a llama.cpp source tree: it has no ggml/include/ggml.h or include/llama.h")
     endif()
-    file(COPY "${source}/" DESTINATION "${directory}"
-        PATTERN ".git" EXCLUDE
-        PATTERN "__pycache__" EXCLUDE
-        REGEX "^${source}/build[^/]*$" EXCLUDE
-        PATTERN "*.gguf" EXCLUDE)
+    # Entry by entry: the user's path may hold what means something in a regular expression.
+    file(GLOB entries LIST_DIRECTORIES true RELATIVE "${source}" "${source}/*" "${source}/.*")
+    list(FILTER entries EXCLUDE REGEX "^(build.*|\\.git)$")
+    foreach(entry IN LISTS entries)
+        file(COPY "${source}/${entry}" DESTINATION "${directory}"
+            PATTERN "__pycache__" EXCLUDE
+            PATTERN "*.gguf" EXCLUDE)
+    endforeach()
 endfunction()
 
 function(pt2_unpack_sdist directory)

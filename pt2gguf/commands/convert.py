@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import shutil
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pt2gguf.errors import Pt2Error
+from pt2gguf.export.output import require_writable
 from pt2gguf.export.stock_types import STOCK_TYPES, parse_stock_type
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
 
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
-    _require_writable(options.output, options.force)
+    require_writable(options.output, options.force)
     stock_rules = _parse_tensor_types(options.tensor_type)
     output_type = parse_stock_type(options.output_type)
     embedding_type = parse_stock_type(options.embedding_type)
@@ -207,17 +207,6 @@ def run(options: argparse.Namespace) -> None:
     size = options.output.stat().st_size
     seconds = time.monotonic() - started
     console.print(f"{options.output}: {size / 1e6:.2f} MB ({options.type}) in {seconds:.0f} s")
-
-
-def _require_writable(output: Path, force: bool) -> None:
-    if output.is_dir():
-        raise Pt2Error(f"{output} is a directory: name a file, such as {output}/model.gguf")
-    if output.exists() and not force:
-        raise Pt2Error(f"{output} exists: choose another name, or --force to replace it")
-    if not output.parent.is_dir():
-        raise Pt2Error(f"{output.parent} is not a directory: create it, or choose another place")
-    if not os.access(output.parent, os.W_OK):
-        raise Pt2Error(f"{output.parent} is not writable: choose another place for {output.name}")
 
 
 def _parse_tensor_types(rules: list[str]) -> list[tuple[re.Pattern[str], str]]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pt2gguf.errors import Pt2Error
+from pt2gguf.export.output import require_writable
 
 
 def add_parser(commands: Any) -> None:
@@ -28,8 +28,7 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.export.repack import repack
     from pt2gguf.native.installation import find_installation
 
-    if options.output.exists() and not options.force:
-        raise Pt2Error(f"{options.output} exists: choose another name, or --force to replace it")
+    require_writable(options.output, options.force)
     llama_cpp = import_llama_cpp(find_installation())
     repack(options.input, options.output, BLOCK_TYPES[options.type], llama_cpp.gguf)
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB ({options.type})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from pt2gguf.blocks import BLOCK_SIZE, BlockType
 from pt2gguf.errors import Pt2Error
 from pt2gguf.export.llama_cpp import LlamaCpp
+from pt2gguf.export.output import complete_file
 from pt2gguf.export.rows import RowSource, numbered_elements, read_rows
 from pt2gguf.export.stock_types import fitting_type, teach_gguf_py
 from pt2gguf.ternary import TernaryWeight
@@ -72,27 +72,8 @@ def write_gguf(
     converter_class = _with_ternary_weights(
         llama_cpp.model_class(checkpoint), source, options, llama_cpp.gguf
     )
-    partial_file = output.with_name(output.name + ".part")
-    try:
-        with torch.inference_mode():
-            converter = converter_class(
-                checkpoint, llama_cpp.gguf.LlamaFileType.MOSTLY_F16, partial_file
-            )
-            converter.write()
-        _sync(partial_file)
-        partial_file.replace(output)
-    except OSError as error:
-        raise Pt2Error(
-            f"{output} cannot be written ({error.strerror or error}): free space or choose another "
-            "place; the finished layers are kept"
-        ) from error
-    finally:
-        partial_file.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with complete_file(output) as part, torch.inference_mode():
+        converter_class(checkpoint, llama_cpp.gguf.LlamaFileType.MOSTLY_F16, part).write()
 
 
 def _with_ternary_weights(

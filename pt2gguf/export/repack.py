@@ -8,6 +8,7 @@ from typing import Any
 
 from pt2gguf.blocks import BLOCK_TYPES, BlockType
 from pt2gguf.errors import Pt2Error
+from pt2gguf.export.output import complete_file
 
 
 def repack(source: Path, output: Path, block_type: BlockType, gguf: ModuleType) -> None:
@@ -27,10 +28,9 @@ def repack(source: Path, output: Path, block_type: BlockType, gguf: ModuleType) 
     if not ternary:
         raise Pt2Error(f"{source} holds no ternary tensors: make it with 'pt2gguf convert'")
 
-    partial_file = output.with_name(output.name + ".part")
     architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
-    writer = gguf.GGUFWriter(partial_file, architecture)
-    try:
+    with complete_file(output) as part:
+        writer = gguf.GGUFWriter(part, architecture)
         _copy_metadata(reader, writer, block_type, gguf)
         for tensor in reader.tensors:
             writer.add_tensor_info(
@@ -46,9 +46,6 @@ def repack(source: Path, output: Path, block_type: BlockType, gguf: ModuleType) 
         for tensor in reader.tensors:
             writer.write_tensor_data(_repacked_data(tensor, block_type))
         writer.close()
-        partial_file.replace(output)
-    finally:
-        partial_file.unlink(missing_ok=True)
 
 
 def _copy_metadata(reader: Any, writer: Any, block_type: BlockType, gguf: ModuleType) -> None:

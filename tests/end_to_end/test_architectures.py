@@ -41,7 +41,9 @@ def test_logits_are_those_of_the_dequantized_weights(
     # llama.cpp knows no hash of the example's tokenizer where it wants a BPE one.
     conversion = import_llama_cpp(installation).conversion
     monkeypatch.setattr(conversion.TextModel, "get_vocab_base_pre", lambda *_: "qwen2")
-    model = save_model(tmp_path / "model", kind, vocab_size=VOCABULARY, **AS_LLAMA_CPP.get(kind, {}))
+    model = save_model(
+        tmp_path / "model", kind, vocab_size=VOCABULARY, **AS_LLAMA_CPP.get(kind, {})
+    )
     for name in TOKENIZER_FILES:
         shutil.copy(EXAMPLE_MODEL / name, model)
     file, work_directory = tmp_path / "model.gguf", tmp_path / "work"

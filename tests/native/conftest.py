@@ -8,24 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from instruction_sets import INSTRUCTION_SETS, LIBRARIES, PATCHES, compile_options, runs_here
 
 from pt2gguf.native.installation import Installation, find_installation
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-# What the compiler may use; "host" is what the build itself chose.
-INSTRUCTION_SETS = {
-    "host": None,
-    "plain": ["-mno-avx"],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
-    "avx512vnni": ["-march=icelake-server"],
-}
-CPU_FLAGS = {
-    "avx2": {"avx2", "fma", "f16c"},
-    "avxvnni": {"avx_vnni"},
-    "avx512vnni": {"avx512_vnni", "avx512vbmi"},
-}
 
 
 @pytest.fixture(scope="session")
@@ -47,57 +32,23 @@ class Kernels:
     library: ctypes.CDLL
 
 
-@pytest.fixture(scope="session", params=INSTRUCTION_SETS)
+@pytest.fixture(scope="session", params=["host", *INSTRUCTION_SETS])
 def kernels(
     request: pytest.FixtureRequest,
     installation: Installation,
     ggml: ctypes.CDLL,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Kernels:
+    """The kernels as the build made them ("host"), and for each instruction set."""
     name: str = request.param
-    flags = INSTRUCTION_SETS[name]
-    bin_directory = Path(installation.bin)
-    host = ctypes.CDLL(str(bin_directory / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+    host = ctypes.CDLL(str(Path(installation.bin) / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
     host.ggml_cpu_init()  # fills the float16 table that the plain version reads
-    if flags is None:
+    if name == "host":
         return Kernels(name, host)
-    if not CPU_FLAGS.get(name, set()) <= _cpu_flags():
+    if not runs_here(name):
         pytest.skip(f"this CPU has no {name}")
     library = tmp_path_factory.mktemp("kernels") / f"libpt2-{name}.so"
-    compile_kernels(installation, ["-O3", "-shared", "-fPIC", *flags, "-o", str(library)])
+    command = ["cc", "-O3", "-shared", "-fPIC", *INSTRUCTION_SETS[name][0]]
+    command += [*compile_options(installation), PATCHES / "ggml-cpu" / "pt2-cpu.c", *LIBRARIES]
+    subprocess.run([*command, "-o", library], check=True)
     return Kernels(name, ctypes.CDLL(str(library)))
-
-
-def compile_kernels(installation: Installation, options: list[str]) -> None:
-    """Compiles pt2-cpu.c alone, linked against the built libraries."""
-    source = Path(installation.source)
-    patches = REPOSITORY / "ggml_patches" / "src"
-    includes = [
-        patches / "ggml",
-        patches / "ggml-cpu",
-        source / "ggml" / "include",
-        source / "ggml" / "src",
-        source / "ggml" / "src" / "ggml-cpu",
-    ]
-    subprocess.run(
-        [
-            "cc",
-            "-std=gnu11",
-            *(f"-I{include}" for include in includes),
-            *options,
-            str(patches / "ggml-cpu" / "pt2-cpu.c"),
-            f"-L{installation.bin}",
-            f"-Wl,-rpath,{installation.bin}",
-            "-lggml-cpu",
-            "-lggml-base",
-            "-lm",
-        ],
-        check=True,
-    )
-
-
-def _cpu_flags() -> set[str]:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()

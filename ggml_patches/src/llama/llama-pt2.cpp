@@ -26,7 +26,26 @@ void llama_pt2_check_version(const gguf_context * metadata) {
     }
 }
 
+void llama_pt2_write_metadata(gguf_context * metadata) {
+    gguf_set_val_u32(metadata, PT2_VERSION_KEY, PT2_VERSION);
+    gguf_set_val_u32(metadata, "pt2.block_size", QK_PT2);
+}
+
 static const std::string PERM_SUFFIX = ".perm";
+static const std::string WEIGHT_SUFFIX = ".weight";
+
+void llama_pt2_check_requantization(const llama_model_loader & ml, const ggml_tensor * weight, ggml_type type) {
+    const std::string name = weight->name;
+    if (!ggml_pt2_is_ternary(weight->type) || ggml_pt2_is_ternary(type) || name.size() < WEIGHT_SUFFIX.size()) {
+        return;
+    }
+    const std::string perm_name = name.substr(0, name.size() - WEIGHT_SUFFIX.size()) + PERM_SUFFIX;
+    if (ml.weights_map.count(perm_name)) {
+        throw std::runtime_error(format("tensor '%s' has its columns permuted, which type %s cannot have: quantize the "
+                                        "original model instead",
+                                        name.c_str(), ggml_type_name(type)));
+    }
+}
 
 static bool is_perm_name(const std::string & name) {
     return name.size() > PERM_SUFFIX.size() &&
@@ -50,7 +69,7 @@ void llama_pt2_perms::create(llama_model_loader & ml) {
         if (!is_perm_name(name)) {
             continue;
         }
-        const std::string weight_name = name.substr(0, name.size() - PERM_SUFFIX.size()) + ".weight";
+        const std::string weight_name = name.substr(0, name.size() - PERM_SUFFIX.size()) + WEIGHT_SUFFIX;
         ggml_context * ctx = nullptr;
         ggml_tensor * weight = nullptr;
         for (auto it = ml.ctx_map.begin(); it != ml.ctx_map.end() && !weight; ++it) {

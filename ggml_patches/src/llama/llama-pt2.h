@@ -11,6 +11,12 @@ struct llama_model_loader;
 // Throws unless this build can read the file: one sentence that says which pt2gguf can.
 void llama_pt2_check_version(const gguf_context * metadata);
 
+// Adds the keys that every ternary file has.
+void llama_pt2_write_metadata(gguf_context * metadata);
+
+// Throws if a ternary weight whose columns are permuted would become a type that cannot be.
+void llama_pt2_check_requantization(const llama_model_loader & ml, const ggml_tensor * weight, ggml_type type);
+
 // The permutations of a model. A ternary weight "x.weight" of a file may have an I32 tensor
 // "x.perm": stored column j of the weight multiplies element perm[j] of its input.
 class llama_pt2_perms {

@@ -1,0 +1,49 @@
+"""The kernels touch no byte beyond their rows and do nothing undefined, in every version."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from instruction_sets import INSTRUCTION_SETS, LIBRARIES, PATCHES, compile_options, runs_here
+
+DRIVER = Path(__file__).with_name("run_kernels.c")
+SOURCES = [PATCHES / "ggml" / "ggml-pt2.c", PATCHES / "ggml-cpu" / "pt2-cpu.c", DRIVER]
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def driver(request, installation, tmp_path_factory) -> Path:
+    """The program of run_kernels.c for one instruction set."""
+    name: str = request.param
+    if not runs_here(name):
+        pytest.skip(f"this CPU has no {name}")
+    program = tmp_path_factory.mktemp("sanitized") / name
+    # Optimised: the loads that ship are those that the optimiser left.
+    command = ["cc", "-O2", "-g", *SANITIZERS, *INSTRUCTION_SETS[name][0]]
+    command += [*compile_options(installation), *SOURCES, *LIBRARIES]
+    finished = subprocess.run([*command, "-o", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return program
+
+
+def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # The driver frees nothing.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run(
+        [str(driver), *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_kernels_stay_within_their_rows(driver: Path) -> None:
+    finished = run(driver)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.stdout == "all kernels ran\n"
+
+
+def test_an_overrun_would_be_seen(driver: Path) -> None:
+    finished = run(driver, "overrun")
+    assert finished.returncode != 0
+    assert "heap-buffer-overflow" in finished.stderr
