@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CPP    := $(shell git ls-files 'ggml_patches/src/*.[ch]' 'ggml_patches/src/*.cpp' 'tests/*.c' 'tests/*.cpp')
 
+# cmake and ninja are packages of the environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 # A fresh clone elsewhere shares the compiler's cache, if there is one.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
@@ -26,7 +29,6 @@ build: system $(VENV)/installed ## build the patched llama.cpp into build/ and p
 # The loader with AddressSanitizer and UBSan, for the tests with damaged files.
 sanitized: build
 	$(BIN)/cmake -G Ninja -S cmake -B build/asan -DPT2_LLAMA_CPP_SOURCE=$(CURDIR)/build/llama.cpp \
-	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON -DGGML_OPENMP=OFF \
 	    -DCMAKE_C_FLAGS_RELEASE='-O1 -DNDEBUG' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
 	$(BIN)/cmake --build build/asan --target load-files

@@ -24,6 +24,7 @@ from pt2gguf.ternary import (
     NonFiniteInputs,
     TernarizationReport,
     TernaryWeight,
+    relative_error,
     ternarize,
 )
 
@@ -277,14 +278,6 @@ def method_for(name: str, method: Method, available: Collection[str]) -> Method:
     if EXPERT.search(name) and producers(name, available) is None:
         return dataclasses.replace(method, ssr=False)
     return method
-
-
-def relative_error(W: Tensor, weight: TernaryWeight, H: Tensor) -> float:
-    """tr(E H E^T) / tr(W H W^T), E = W - Q: the share of the output's energy that is lost."""
-    W = W.to(H.dtype)
-    E = W - weight.dequantize(H.dtype)
-    energy = ((W @ H) * W).sum()
-    return (((E @ H) * E).sum() / energy).item() if energy > 0 else 0.0
 
 
 def require_finite(values: Tensor, source: str) -> None:

@@ -2,7 +2,7 @@
 
 from pt2gguf.ternary.method import METHODS, Method
 from pt2gguf.ternary.statistics import InputStatistics, NonFiniteInputs
-from pt2gguf.ternary.ternarize import TernarizationReport, ternarize
+from pt2gguf.ternary.ternarize import TernarizationReport, relative_error, ternarize
 from pt2gguf.ternary.weight import TernaryWeight
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "NonFiniteInputs",
     "TernarizationReport",
     "TernaryWeight",
+    "relative_error",
     "ternarize",
 ]

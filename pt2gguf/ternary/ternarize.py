@@ -111,7 +111,7 @@ def ternarize(
         perm=torch.cat(order) if method.ssr else None,
     )
     report = TernarizationReport(
-        relative_error=_relative_error(original, weight, H),
+        relative_error=relative_error(original, weight, H),
         damping=damping,
         blocks=len(blocks),
         itf_rounds=max(b.itf_rounds for b in blocks),
@@ -167,7 +167,12 @@ def _ternarize_block(W: Tensor, S: Tensor, factors: BlockFactors, method: Method
     )
 
 
-def _relative_error(W: Tensor, weight: TernaryWeight, H: Tensor) -> float:
-    E = W - weight.dequantize(torch.float64)
+def relative_error(W: Tensor, weight: TernaryWeight, H: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T), E = W - Q: the share of the output's energy that is lost.
+
+    W: (n, m) of any float type; H: (m, m). 0 where W H W^T is 0.
+    """
+    W = W.to(H.dtype)
+    E = W - weight.dequantize(H.dtype)
     energy = ((W @ H) * W).sum()
-    return ((E @ H) * E).sum().div(energy).item() if energy > 0 else 0.0
+    return (((E @ H) * E).sum() / energy).item() if energy > 0 else 0.0

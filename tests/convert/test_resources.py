@@ -64,7 +64,7 @@ def test_disk_of_a_place_that_is_not_there_yet(
 def test_work_directory_is_no_larger_than_estimated(tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_model(tmp_path / "m", "llama"))
     skeleton = Skeleton(checkpoint)
-    plan = make_plan(skeleton, lambda name: False)
+    plan = make_plan(skeleton, lambda name: None)
     needs = conversion_needs(skeleton, plan, METHODS["default"], IDS, CPU)
     with ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w") as work:
         size = sum(file.stat().st_size for file in work.path.glob("layer-*.safetensors"))

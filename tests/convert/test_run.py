@@ -115,7 +115,8 @@ def test_against_a_slow_reference(tmp_path: Path, method) -> None:
                 statistics.add(x, inputs(full, names[0], ids) if method.gptaq else None)
             matrices = [quantized.get_submodule(name).weight for name in names]
             if method.stack_shared_inputs:
-                whole, _ = ternarize(torch.cat(matrices), statistics, method)
+                applied = method.for_tensor(names[0])
+                whole, _ = ternarize(torch.cat(matrices), statistics, applied)
                 rows = [len(matrix) for matrix in matrices]
                 parts = zip(
                     whole.alpha.split(rows),
