@@ -7,4 +7,4 @@ set(PT2_PIN_COMMIT  "0c1e57098")
 
 # Digest of the sources that the hooks leave alone (pt2_tree_digest), to recognise the pin in a
 # tree of the user's own.
-set(PT2_PIN_DIGEST  "d6cddf2b61227a2ea849b7b0cb771f0bb3813d19937d6e65c88921c4760db8e0")
+set(PT2_PIN_DIGEST  "2502825cfe9d986d545b8669e0bdcc6edea5b0ed749c7459f54da0b5c0f948de")
