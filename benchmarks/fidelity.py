@@ -3,19 +3,22 @@
 Converts a checkpoint, then compares llama.cpp running the file with transformers running the same
 dequantized weights in float32: mean KL divergence and perplexities (llama-perplexity).
 
-    python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT [--type tq1_1]
+    python benchmarks/fidelity.py MODEL --calibration TEXT --text TEXT
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
+from quality import REPOSITORY, WORK, git_commit, processor
 
+from pt2gguf.blocks import BLOCK_TYPES
 from pt2gguf.cli import main as pt2gguf
 from pt2gguf.commands.convert import gguf_namer
 from pt2gguf.convert.calibration import load_tokenizer, tokenize
@@ -62,23 +65,35 @@ def measure(model: Path, file: Path, work_directory: Path, text: Path, windows: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--type", default="tq2_1")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=100)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        file, work = Path(directory) / "model.gguf", Path(directory) / "work"
-        arguments = ["convert", str(options.model), str(file), "--type", options.type]
-        arguments += ["--calibration", options.calibration, "--samples", str(options.samples)]
-        arguments += ["--length", str(options.length), "--work", str(work), "--keep-work"]
-        if pt2gguf(arguments) != 0:
+    work = WORK / f"fidelity-{options.model.name}.work"
+    results = {}
+    for block_type in BLOCK_TYPES:
+        file = WORK / f"fidelity-{block_type}.gguf"
+        arguments = ["convert", str(options.model), str(file), "--type", block_type, "--force"]
+        arguments += ["--calibration", str(options.calibration), "--work", str(work)]
+        arguments += ["--samples", str(options.samples), "--length", str(options.length)]
+        if pt2gguf([*arguments, "--keep-work"]) != 0:
             raise SystemExit(1)
-        figures = measure(options.model, file, work, options.text, options.windows, options.length)
-    for name, figure in figures.items():
-        print(f"{name}: {figure}")
+        results[block_type.upper()] = measure(
+            options.model, file, work, options.text, options.windows, options.length
+        )
+        print(block_type, results[block_type.upper()], flush=True)
+    record = {
+        "command": f"benchmarks/fidelity.py {options.model.name} "
+        f"--calibration {options.calibration.name} --text {options.text.name} "
+        f"--windows {options.windows}",
+        "machine": processor(),
+        "commit": git_commit(),
+        "figures": results,
+    }
+    path = REPOSITORY / "benchmarks" / "results" / f"fidelity-{options.model.name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def main() -> None:
     replace(README, "quality", quality_table(others))
     replace(README, "speed", speed_table(speed))
     replace(QUALITY, "ablation", quality_table(ablation))
+    fidelity = json.loads((RESULTS / "fidelity-llama-30m.json").read_text())
+    replace(QUALITY, "fidelity", fidelity_table(fidelity))
 
 
 def quality_table(results: Iterable[dict]) -> str:
@@ -46,6 +48,21 @@ def speed_table(speed: dict) -> str:
         for name, file in speed["files"].items()
     ]
     return table(("type", "MB", "prefill pp128", "decode tg64"), rows)
+
+
+def fidelity_table(fidelity: dict) -> str:
+    rows = [
+        (
+            block_type,
+            f"{figures['Mean KLD']:.6f}",
+            f"{figures['Mean PPL(Q)']:.3f}",
+            f"{figures['PPL(transformers)']:.3f}",
+            f"{figures['Same top p']:.2f}%",
+        )
+        for block_type, figures in fidelity["figures"].items()
+    ]
+    names = ("type", "mean KL divergence", "perplexity", "of transformers", "same top token")
+    return table(names, rows)
 
 
 def table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
