@@ -28,7 +28,7 @@ build: system $(VENV)/installed ## build the patched llama.cpp into build/ and p
 
 # The loader with AddressSanitizer and UBSan, for the tests with damaged files.
 sanitized: build
-	$(BIN)/cmake -G Ninja -S cmake -B build/asan -DPT2_LLAMA_CPP_SOURCE=$(CURDIR)/build/llama.cpp \
+	$(BIN)/cmake -G Ninja -S cmake -B build/asan -DPT2_LLAMA_CPP_SOURCE="$(CURDIR)/build/llama.cpp" \
 	    -DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON -DGGML_OPENMP=OFF \
 	    -DCMAKE_C_FLAGS_RELEASE='-O1 -DNDEBUG' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'
 	$(BIN)/cmake --build build/asan --target load-files
@@ -44,19 +44,23 @@ format: $(VENV)/installed ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: build ## measure quality (needs ../shared); fills benchmarks/results/ and the README's tables
+bench: build ## measure quality and speed (needs ../shared); fills benchmarks/results/ and the README's tables
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/fidelity.py ../shared/models/llama-30m \
+	    --calibration ../shared/data/wikitext2-valid.txt --text ../shared/data/wikitext2-test.txt
 	$(BIN)/python benchmarks/tables.py
 
-# A compiler and git are all that pip does not bring. Root installs them, others are told.
+# What pip does not bring. Root installs them, others are told.
 system:
-	@command -v c++ git >/dev/null 2>&1 || { \
-	    test "$$(id -u)" = 0 && apt-get update -q && apt-get install -qy g++ git; } || { \
-	    echo "a C++ compiler and git are needed: apt-get install g++ git" >&2; exit 1; }
+	@{ command -v c++ && command -v git && $(PYTHON) -c 'import ensurepip'; } >/dev/null 2>&1 || { \
+	    test "$$(id -u)" = 0 && apt-get update -q && apt-get install -qy g++ git python3-venv; } || { \
+	    echo "needed: apt-get install g++ git python3-venv" >&2; exit 1; }
 
-# PyTorch's CPU build first: a plain "torch" would bring gigabytes of CUDA packages.
-$(VENV)/installed: pyproject.toml
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+# PyTorch first and at one version: where pip has its CPU build, that is taken, and what needs
+# "torch" does not bring gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml | system
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[dev]'

@@ -26,7 +26,7 @@ from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.evaluation.logits_file import write_logits_file
 from pt2gguf.evaluation.reference_model import load_reference_model
 from pt2gguf.export.llama_cpp import import_llama_cpp
-from pt2gguf.model import Checkpoint
+from pt2gguf.model import Checkpoint, Skeleton
 from pt2gguf.native.installation import find_installation
 
 
@@ -37,7 +37,7 @@ def measure(model: Path, file: Path, work_directory: Path, text: Path, windows: 
     checkpoint = Checkpoint(model)
     with WorkDirectory.open_existing(work_directory) as work:
         reference = load_reference_model(
-            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, checkpoint)
+            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, Skeleton(checkpoint))
         )
     ids = torch.as_tensor(tokenize(load_tokenizer(model), text.read_text()))
     ids = ids[: windows * length].view(windows, length)

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pt2gguf: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pt2gguf: interrupted: the same command goes on where it stopped", file=sys.stderr)
+        print("pt2gguf: interrupted; run the same command again", file=sys.stderr)
         return 130
     return 0
 

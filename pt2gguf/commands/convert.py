@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pt2gguf.export.stock_types import STOCK_TYPES, parse_stock_type
 
 if TYPE_CHECKING:
     from pt2gguf.export.llama_cpp import LlamaCpp
+    from pt2gguf.model import Skeleton
     from pt2gguf.ternary import Method
 
 DEFAULT_LENGTH = 2048
@@ -79,16 +79,16 @@ def add_parser(commands: Any) -> None:
         "default: wikitext2",
     )
     calibration.add_argument(
-        "--samples", metavar="N", type=int, default=128, help="windows (default: %(default)s)"
+        "--samples", metavar="N", type=_positive, default=128, help="windows (default: %(default)s)"
     )
     calibration.add_argument(
         "--length",
         metavar="N",
-        type=int,
+        type=_positive,
         help=f"tokens in a window (default: {DEFAULT_LENGTH}, or the model's context)",
     )
     calibration.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of the windows (default: %(default)s)"
+        "--seed", metavar="N", type=_seed, default=0, help="of the windows (default: %(default)s)"
     )
 
     method = parser.add_argument_group("method")
@@ -115,13 +115,25 @@ def add_parser(commands: Any) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     running.add_argument(
-        "--threads", metavar="N", type=int, help="CPU threads (default: one for each core)"
+        "--threads", metavar="N", type=_positive, help="CPU threads (default: one for each core)"
     )
     running.add_argument(
         "--work", metavar="DIR", type=Path, help="work directory (default: OUT.gguf.work)"
     )
     running.add_argument("--keep-work", action="store_true", help="keep it after success")
     parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:  # the file keeps it in 32 bits
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and {2**32 - 1}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -151,7 +163,8 @@ def run(options: argparse.Namespace) -> None:
     llama_cpp = import_llama_cpp(find_installation())
     checkpoint = Checkpoint(_local_directory(options.model))
     require_known_vocabulary(checkpoint.path, llama_cpp)
-    gguf_name = gguf_namer(llama_cpp, checkpoint)
+    skeleton = Skeleton(checkpoint)
+    gguf_name = gguf_namer(llama_cpp, skeleton)
 
     def tensor_type(name: str, new_name: str | None) -> str | None:
         for pattern, stock_type in stock_rules:
@@ -159,9 +172,8 @@ def run(options: argparse.Namespace) -> None:
                 return stock_type
         return None
 
-    length = options.length or min(
-        DEFAULT_LENGTH, getattr(checkpoint.config, "max_position_embeddings", DEFAULT_LENGTH)
-    )
+    context = getattr(skeleton.config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    length = options.length or min(DEFAULT_LENGTH, context)
     calibration = load_calibration(
         options.calibration or ["wikitext2"],
         checkpoint.path,
@@ -175,7 +187,7 @@ def run(options: argparse.Namespace) -> None:
         stock_type = tensor_type(name, gguf_name(name))
         return stock_type and f"--tensor-type asks for {stock_type}"
 
-    candidates = make_plan(Skeleton(checkpoint), asked_for).ternary
+    candidates = make_plan(skeleton, asked_for).ternary
     unexportable = find_unexportable(checkpoint.path, candidates, llama_cpp)
     with ternarize_checkpoint(
         checkpoint,
@@ -202,8 +214,8 @@ def run(options: argparse.Namespace) -> None:
             ),
             llama_cpp,
         )
-    if not options.keep_work:
-        shutil.rmtree(work_directory)
+        if not options.keep_work:
+            work.remove()
     size = options.output.stat().st_size
     seconds = time.monotonic() - started
     console.print(f"{options.output}: {size / 1e6:.2f} MB ({options.type}) in {seconds:.0f} s")
@@ -242,7 +254,7 @@ def _local_directory(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -252,11 +264,16 @@ def _local_directory(model: str) -> Path:
         ) from None
 
 
-def gguf_namer(llama_cpp: LlamaCpp, checkpoint: Any) -> Callable[[str], str | None]:
-    """The GGUF name of a checkpoint tensor; None where the converter makes it of several."""
-    architecture = llama_cpp.model_class(checkpoint.path).model_arch
-    names = llama_cpp.gguf.get_tensor_name_map(architecture, checkpoint.config.num_hidden_layers)
-    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+def gguf_namer(llama_cpp: LlamaCpp, skeleton: Skeleton) -> Callable[[str], str | None]:
+    """The GGUF name of a checkpoint tensor, which all experts share; None if it has none."""
+    architecture = llama_cpp.model_class(skeleton.checkpoint.path).model_arch
+    names = llama_cpp.gguf.get_tensor_name_map(architecture, len(skeleton))
+
+    def gguf_name(name: str) -> str | None:
+        joined = re.sub(r"\bexperts\.\d+\.", "experts.", name)
+        return names.get_name(joined, try_suffixes=(".weight", ".bias"))
+
+    return gguf_name
 
 
 def _metadata(method: Method, provenance: dict[str, Any]) -> dict[str, str | int | float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 
 from pt2gguf import __version__
 from pt2gguf.convert.calibration import Calibration
@@ -21,7 +22,8 @@ class Settings:
 
     model: the checkpoint's fingerprint; layers: its decoder layers; method: every switch;
     calibration: the provenance of the ids; kept: the matrices that stay in a stock type, and why;
-    tool, torch: versions; device, threads: where it was computed, as sums depend on it.
+    tool, torch, transformers: versions; device, threads: where it was computed, as sums depend on
+    it.
     """
 
     model: str
@@ -33,6 +35,7 @@ class Settings:
     threads: int
     tool: str = __version__
     torch: str = torch.__version__
+    transformers: str = transformers.__version__
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"

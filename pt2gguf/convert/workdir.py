@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -92,6 +93,14 @@ class WorkDirectory:
     def close(self) -> None:
         """Let other processes use the directory."""
         self._lock.close()
+
+    def remove(self) -> None:
+        """Delete what a conversion keeps here; the directory too, if nothing else is in it."""
+        for pattern in ("layer-*.safetensors", "*.part", SETTINGS, LOCK):
+            for file in self.path.glob(pattern):
+                file.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            self.path.rmdir()
 
     def __enter__(self) -> WorkDirectory:
         return self

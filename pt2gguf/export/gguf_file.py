@@ -94,8 +94,7 @@ def _with_ternary_weights(
             written: set[str] = set()
             for name, tensor in super().get_tensors():
                 if name in number_of:
-                    self._add_ternary(name)
-                    written.add(name)
+                    written.update(self._add_ternary(name))
                 else:
                     yield name, tensor
             missing = number_of.keys() - written
@@ -105,7 +104,9 @@ def _with_ternary_weights(
                     f"as {min(missing)}: keep them in a stock type with --tensor-type"
                 )
 
-        def _add_ternary(self, name: str) -> None:
+        def _add_ternary(self, name: str) -> set[str]:
+            """Sends the weight through the converter; returns those that arrived in tensors."""
+            arrived_names: set[str] = set()
             number = number_of[name]
             block_index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
             numbered = numbered_elements(number, shapes[name])
@@ -113,6 +114,8 @@ def _with_ternary_weights(
                 rows = read_rows(new_name, arrived, shapes_by_number)
                 self._add_blocks(new_name, rows)
                 self._add_perm(new_name, rows)
+                arrived_names.update(names[n] for n in _numbers(rows))
+            return arrived_names
 
         def _add_blocks(self, new_name: str, rows: RowSource) -> None:
             columns = rows.shape[-1] // BLOCK_SIZE * block_type.block_bytes

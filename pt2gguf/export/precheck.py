@@ -69,6 +69,7 @@ def _try_layer(converter: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[st
     """The weights of one layer that do not survive as rows, with the reason."""
     by_number = dict(enumerate(shapes.values()))
     refused: dict[str, str] = {}
+    seen: set[int] = set()
     with torch.inference_mode():
         for number, (name, shape) in enumerate(shapes.items()):
             numbered = numbered_elements(number, shape)
@@ -76,9 +77,12 @@ def _try_layer(converter: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[st
                 for new_name, arrived in converter.modify_tensors(
                     numbered, name, _layer_number(name)
                 ):
-                    read_rows(new_name, arrived, by_number)
+                    seen.update(read_rows(new_name, arrived, by_number).weight.tolist())
             except Pt2Error:
                 refused[name] = "llama.cpp's converter does more to it than moving rows"
             except Exception as error:  # whatever the converter does to what is not a weight
                 refused[name] = f"llama.cpp's converter cannot move its rows ({error})"
+    for number, name in enumerate(shapes):
+        if number not in seen:
+            refused.setdefault(name, "llama.cpp's converter joins it with what is not ternary")
     return refused

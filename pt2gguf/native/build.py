@@ -43,6 +43,7 @@ def build(
         Pt2Error: no compiler, or CMake failed (its own message is on the terminal).
     """
     _require_compiler()
+    _require_writable_environment()
     project = _cmake_project()
     options = list(cmake_options)
     options.append(f"-DPython3_EXECUTABLE={sys.executable}")
@@ -70,6 +71,14 @@ def _require_compiler() -> None:
         raise Pt2Error(
             "no C++ compiler was found: install one (Debian: apt-get install g++) or set CXX"
         )
+
+
+def _require_writable_environment() -> None:
+    for directory in (sys.prefix, sysconfig.get_path("scripts"), sysconfig.get_path("purelib")):
+        if not os.access(directory, os.W_OK):
+            raise Pt2Error(f"{directory} is not writable: use a virtual environment of your own")
+    if importlib.util.find_spec("pip") is None:
+        raise Pt2Error(f"{sys.prefix} has no pip, which brings the bindings: python -m ensurepip")
 
 
 def _cmake_project() -> Path:

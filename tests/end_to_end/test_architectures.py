@@ -22,7 +22,7 @@ from pt2gguf.commands.convert import gguf_namer
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.evaluation.reference_model import load_reference_model
 from pt2gguf.export.llama_cpp import import_llama_cpp
-from pt2gguf.model import Checkpoint
+from pt2gguf.model import Checkpoint, Skeleton
 
 LENGTH = 48
 AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def _reference_logits(model, file, work_directory, installation, tokens) -> np.n
     checkpoint = Checkpoint(model)
     with WorkDirectory.open_existing(work_directory) as work:
         reference = load_reference_model(
-            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, checkpoint)
+            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, Skeleton(checkpoint))
         )
     with torch.inference_mode():
         return reference(torch.tensor([tokens])).logits[0].numpy()

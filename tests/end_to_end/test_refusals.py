@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY, run_pt2gguf
@@ -176,3 +177,43 @@ def test_tensors_of_another_dtype(tmp_path: Path, model: Path) -> None:
     tensors[name] = tensors[name].to(torch.int8)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     assert name in refusal(tmp_path, model)
+
+
+def test_numbers_out_of_range(tmp_path: Path, model: Path) -> None:
+    for option, value in (("--seed", -1), ("--seed", 2**32), ("--length", 0), ("--threads", -1)):
+        finished = run_pt2gguf("convert", model, tmp_path / "o.gguf", option, value, check=False)
+        assert finished.returncode == 2
+        assert f"argument {option}" in finished.stderr
+
+
+def test_a_work_directory_loses_only_what_a_conversion_made(tmp_path: Path, model: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "precious.txt").write_text("mine")
+    run_pt2gguf("convert", model, tmp_path / "out.gguf", *SHORT, "--work", work)
+    assert [file.name for file in work.iterdir()] == ["precious.txt"]
+
+
+def test_experts_of_one_projection_stay_together(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A file has one tensor for all experts: one asked for in a stock type takes the rest along."""
+    from pt2gguf.cli import main
+    from pt2gguf.export.llama_cpp import import_llama_cpp
+    from pt2gguf.native.installation import find_installation
+
+    llama_cpp = import_llama_cpp(find_installation())
+    monkeypatch.setattr(llama_cpp.conversion.TextModel, "get_vocab_base_pre", lambda *_: "qwen2")
+    model = save_model(tmp_path / "moe", "qwen3_moe", vocab_size=VOCABULARY)
+    for name in TOKENIZER_FILES:
+        shutil.copy(EXAMPLE_MODEL / name, model)
+    for rule in (r"experts\.\d+\.up_proj=q8_0", "ffn_up_exps=q8_0"):
+        output = tmp_path / f"{len(rule)}.gguf"
+        arguments = ["convert", model, output, *SHORT[:-1], 48, "--tensor-type", rule]
+        assert main(list(map(str, arguments))) == 0
+        assert "joins it with what is not ternary" in capsys.readouterr().out
+        types = {t.name: t for t in llama_cpp.gguf.GGUFReader(output).tensors}
+        assert types["blk.0.ffn_up_exps.weight"].tensor_type.name == "Q8_0"
+        for name, tensor in types.items():
+            if "_exps" in name and tensor.tensor_type.name != "Q8_0":
+                assert tensor.tensor_type.name == "F16"
+                assert np.isfinite(tensor.data.astype(np.float32)).all()
+        assert types["blk.0.attn_q.weight"].tensor_type.name == "TQ2_1"

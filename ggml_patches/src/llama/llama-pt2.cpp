@@ -123,7 +123,7 @@ void llama_pt2_perms::check_graph(ggml_cgraph * graph) const {
             const auto it = src ? perm_of.find(src->view_src ? src->view_src : src) : perm_of.end();
             if (it != perm_of.end() && ggml_mul_mat_get_perm(node) != it->second) {
                 throw std::runtime_error(format("node '%s' (%s) uses '%s' without its column order: this architecture "
-                                                "needs a file without '%s' (pt2gguf convert --method with ssr off)",
+                                                "needs a file without '%s' (pt2gguf convert --no-ssr)",
                                                 node->name, ggml_op_name(node->op), it->first->name, it->second->name));
             }
         }
