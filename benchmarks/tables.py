@@ -32,11 +32,10 @@ def quality_table(results: Iterable[dict]) -> str:
             f"{result['bytes'] / 1e6:.2f}",
             f"{result['perplexity']['heldout-web']:.2f}",
             f"{result['perplexity']['wikitext2-test']:.2f}",
-            f"{result['seconds']:.0f} s",
         )
         for result in results
     ]
-    return table(("file", "MB", "heldout-web", "wikitext2-test", "made in"), rows)
+    return table(("file", "MB", "heldout-web", "wikitext2-test"), rows)
 
 
 def speed_table(speed: dict) -> str:
