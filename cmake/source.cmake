@@ -46,6 +46,7 @@ function(pt2_bring_source directory)
     pt2_tree_digest("${directory}" digest)
     if(NOT digest STREQUAL PT2_PIN_DIGEST)
         file(REMOVE_RECURSE "${directory}")
+        file(REMOVE "${marker}")
         message(FATAL_ERROR
             "${PT2_LLAMA_CPP_SOURCE} is not llama.cpp at commit ${PT2_PIN_COMMIT} (its sources have digest ${digest} instead of "
             "${PT2_PIN_DIGEST}): check that commit out, or let pt2gguf bring the source")

@@ -203,3 +203,11 @@ def test_a_directory_that_is_no_source_tree_is_refused(tmp_path: Path) -> None:
     said = bring_source(tmp_path, tmp_path / "empty", check=False)
     assert f"{tmp_path / 'empty'} is not a llama.cpp source tree" in said
     assert "ggml/include/ggml.h" in said
+
+
+def test_a_tree_that_no_build_made_is_left_alone(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "precious.txt").write_text("mine")
+    said = bring_source(tmp_path, source, check=False)
+    assert "exists and was not made by this build" in said
+    assert (tmp_path / "copy" / "precious.txt").read_text() == "mine"
