@@ -120,21 +120,21 @@ class WorkDirectory:
     def is_complete(self) -> bool:
         return all(self.has_layer(index) for index in range(self.settings.layers))
 
-    def names(self) -> list[str]:
-        """The checkpoint names of all ternary weights, in layer order. Reads headers only.
+    def layer_numbers(self) -> dict[str, int]:
+        """The layer of each ternary weight by checkpoint name, in layer order; from headers only.
 
         Raises Pt2Error if a layer is not finished.
         """
-        names: list[str] = []
+        numbers: dict[str, int] = {}
         for index in range(self.settings.layers):
             try:
                 with self._file(index).open("rb") as file:
                     prefix = file.read(8)
                     header = prefix + file.read(int.from_bytes(prefix, "little"))
-                names += json.loads(_description(header)[1])["order"]
+                numbers |= dict.fromkeys(json.loads(_description(header)[1])["order"], index)
             except (OSError, *MALFORMED):
                 raise self._missing(index) from None
-        return names
+        return numbers
 
     def save_layer(self, index: int, layer: Layer) -> None:
         """Store a finished layer; it is there wholly or not at all, whatever happens meanwhile."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from functools import lru_cache
 
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.export.folding import fold_orders
+from pt2gguf.model.checkpoint import StoredTensor
 from pt2gguf.ternary import TernaryWeight
 
 
@@ -16,17 +17,15 @@ class WorkSource:
     Orders of down projections are folded into the rows that produce their inputs.
     """
 
-    def __init__(self, work: WorkDirectory, checkpoint_names: Collection[str]) -> None:
-        """`checkpoint_names`: all tensors of the checkpoint, to know which biases there are."""
-        self._biases = {name for name in checkpoint_names if name.endswith(".bias")}
+    def __init__(self, work: WorkDirectory, stored: Mapping[str, StoredTensor]) -> None:
+        """stored: all tensors of the checkpoint, to know shapes and which biases there are."""
+        self._biases = {name for name in stored if name.endswith(".bias")}
         self._work = work
-        self._layer_of: dict[str, int] = {}
+        self._layer_of = work.layer_numbers()
         self._shapes: dict[str, tuple[int, int]] = {}
-        for index in range(work.settings.layers):
-            for name, weight in work.load_layer(index).weights.items():
-                rows, columns = weight.digits.shape
-                self._layer_of[name] = index
-                self._shapes[name] = (rows, columns)
+        for name in self._layer_of:
+            rows, columns = stored[name].shape
+            self._shapes[name] = (rows, columns)
         self._layer = lru_cache(maxsize=1)(self._read_layer)
 
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -72,7 +72,7 @@ def test_every_architecture(
         if isinstance(module, nn.Linear) and ".layers." in name and not name.endswith(".gate")
     }
     assert weights.keys() == expected.keys()
-    assert work.names() == list(weights)
+    assert list(work.layer_numbers()) == list(weights)
     errors = [report["relative_error"] for layer in reports for report in layer.values()]
     # Ternary digits of normally distributed weights lose 0.19 of the energy at best without
     # looking at inputs; 1 would be as bad as dropping the matrix.
@@ -270,7 +270,7 @@ def test_rows_that_are_no_multiple_of_128(tmp_path: Path, calibration: Calibrati
             f"model.layers.{i}.mlp.down_proj.weight": "its row length 192 is not a multiple of 128"
             for i in range(2)
         }
-        assert not any("down_proj" in name for name in work.names())
+        assert not any("down_proj" in name for name in list(work.layer_numbers()))
     assert reporter.notes == [
         "model.layers.*.mlp.down_proj.weight (2 of them) stays in a stock type: its row length 192 "
         "is not a multiple of 128"
@@ -311,8 +311,8 @@ def test_kept_by_request(tmp_path: Path, calibration: Calibration) -> None:
         keep=lambda name: "asked for" if name == kept else None,
     ) as work:
         assert work.kept == {kept: "asked for"}
-        assert kept not in work.names()
-        assert len(work.names()) == 13
+        assert kept not in list(work.layer_numbers())
+        assert len(list(work.layer_numbers())) == 13
 
 
 def _spoil(path: Path, name: str, value: float) -> Checkpoint:
