@@ -11,6 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pt2gguf.commands.calibration_options import (
+    add_calibration_options,
+    calibration_for,
+    positive,
+    whole,
+)
 from pt2gguf.errors import Pt2Error
 from pt2gguf.export.output import require_writable
 from pt2gguf.export.stock_types import STOCK_TYPES, parse_stock_type
@@ -19,8 +25,6 @@ if TYPE_CHECKING:
     from pt2gguf.export.llama_cpp import LlamaCpp
     from pt2gguf.model import Skeleton
     from pt2gguf.ternary import Method
-
-DEFAULT_LENGTH = 2048
 
 
 def add_parser(commands: Any) -> None:
@@ -70,26 +74,7 @@ def add_parser(commands: Any) -> None:
         help="keep tensors whose checkpoint or GGUF name matches in a stock type (repeatable)",
     )
 
-    calibration = parser.add_argument_group("calibration")
-    calibration.add_argument(
-        "--calibration",
-        metavar="FILE|NAME",
-        action="append",
-        help="text file, data set (wikitext2, c4, ptb) or .npy of token ids (repeatable); "
-        "default: wikitext2",
-    )
-    calibration.add_argument(
-        "--samples", metavar="N", type=_positive, default=128, help="windows (default: %(default)s)"
-    )
-    calibration.add_argument(
-        "--length",
-        metavar="N",
-        type=_positive,
-        help=f"tokens in a window (default: {DEFAULT_LENGTH}, or the model's context)",
-    )
-    calibration.add_argument(
-        "--seed", metavar="N", type=_seed, default=0, help="of the windows (default: %(default)s)"
-    )
+    add_calibration_options(parser.add_argument_group("calibration"))
 
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -106,6 +91,18 @@ def add_parser(commands: Any) -> None:
     ):
         method.add_argument(f"--no-{switch}", action="store_true", help=f"without {meaning}")
     method.add_argument(
+        "--no-tuning",
+        action="store_true",
+        help="without tuning the scales and offsets of the whole model on its logits",
+    )
+    method.add_argument(
+        "--written",
+        metavar="N",
+        type=whole,
+        help="windows of text that the model itself writes, to be tuned on together with the "
+        "calibration text (default: as many as --samples; 1024 for the best quality)",
+    )
+    method.add_argument(
         "--gptaq",
         metavar="WEIGHT",
         type=float,
@@ -115,7 +112,7 @@ def add_parser(commands: Any) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     running.add_argument(
-        "--threads", metavar="N", type=_positive, help="CPU threads (default: one for each core)"
+        "--threads", metavar="N", type=positive, help="CPU threads (default: one for each core)"
     )
     running.add_argument(
         "--work", metavar="DIR", type=Path, help="work directory (default: OUT.gguf.work)"
@@ -124,26 +121,14 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:  # the file keeps it in 32 bits
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and {2**32 - 1}")
-    return int(text)
-
-
 def run(options: argparse.Namespace) -> None:
     # PyTorch and transformers take seconds to import: not for --help or a mistyped option.
     from rich.console import Console
 
     from pt2gguf.blocks import BLOCK_TYPES
-    from pt2gguf.convert.calibration import load_calibration
+    from pt2gguf.convert.machine import usable_device
     from pt2gguf.convert.progress import ConsoleReporter
-    from pt2gguf.convert.run import make_plan, ternarize_checkpoint, usable_device
+    from pt2gguf.convert.run import make_plan, ternarize_checkpoint
     from pt2gguf.export.gguf_file import ExportOptions, write_gguf
     from pt2gguf.export.llama_cpp import import_llama_cpp
     from pt2gguf.export.precheck import find_unexportable, require_known_vocabulary
@@ -161,7 +146,7 @@ def run(options: argparse.Namespace) -> None:
     device = usable_device(options.device)
 
     llama_cpp = import_llama_cpp(find_installation())
-    checkpoint = Checkpoint(_local_directory(options.model))
+    checkpoint = Checkpoint(local_directory(options.model))
     require_known_vocabulary(checkpoint.path, llama_cpp)
     skeleton = Skeleton(checkpoint)
     gguf_name = gguf_namer(llama_cpp, skeleton)
@@ -172,15 +157,7 @@ def run(options: argparse.Namespace) -> None:
                 return stock_type
         return None
 
-    context = getattr(skeleton.config, "max_position_embeddings", None) or DEFAULT_LENGTH
-    length = options.length or min(DEFAULT_LENGTH, context)
-    calibration = load_calibration(
-        options.calibration or ["wikitext2"],
-        checkpoint.path,
-        samples=options.samples,
-        length=length,
-        seed=options.seed,
-    )
+    calibration = calibration_for(skeleton, options)
     work_directory = options.work or options.output.with_name(options.output.name + ".work")
 
     def asked_for(name: str) -> str | None:
@@ -242,12 +219,16 @@ def _method(options: argparse.Namespace) -> Method:
 
     switches = ("itf", "aga", "ssr", "gptq")
     changes: dict[str, Any] = {s: False for s in switches if getattr(options, f"no_{s}")}
+    if options.no_tuning:
+        changes |= {"tuning_epochs": 0, "written_windows": 0}
+    elif METHODS[options.method].tuning_epochs:
+        changes["written_windows"] = options.samples if options.written is None else options.written
     if options.gptaq is not None:
         changes["gptaq"] = options.gptaq
     return dataclasses.replace(METHODS[options.method], **changes)
 
 
-def _local_directory(model: str) -> Path:
+def local_directory(model: str) -> Path:
     """The directory of a checkpoint: `model` itself, or what the hub has under that name."""
     if Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return Path(model)

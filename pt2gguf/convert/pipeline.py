@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,38 @@ from pt2gguf.ternary import (
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 
 
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of text on their way through the decoder layers.
+
+    hidden: (samples, length, hidden_size) float32, which change from layer to layer; calls: as
+    `Skeleton.embed` gives them; batch: windows that run together.
+    """
+
+    hidden: Tensor
+    calls: Mapping[int, Sequence[LayerCall]]
+    batch: int
+
+    @staticmethod
+    def embed(skeleton: Skeleton, ids: Tensor, device: torch.device) -> Windows:
+        """Those of ids (samples, length) int64, before the first layer."""
+        batch = batch_size(ids.shape[1], device)
+        hidden, calls = skeleton.embed(ids, batch)
+        require_finite(hidden, "the embeddings")
+        return Windows(hidden.to(device) if _fits(hidden, device, 2) else hidden, calls, batch)
+
+    def copy(self) -> Windows:
+        return dataclasses.replace(self, hidden=self.hidden.clone())
+
+    def parts(self) -> Sequence[Tensor]:
+        return self.hidden.split(self.batch)
+
+    def runner(self, index: int, device: torch.device) -> Callable[[nn.Module, Tensor], Tensor]:
+        """The function that runs decoder layer `index` on one of the parts."""
+        calls = {size: of_size[index].to(device) for size, of_size in self.calls.items()}
+        return lambda layer, part: calls[len(part)](layer, part.to(device))
+
+
 def batch_size(length: int, device: torch.device) -> int:
     """Samples of `length` tokens that run through a decoder layer together."""
     return max(1, TOKENS_PER_BATCH[device.type] // length)
@@ -41,79 +74,73 @@ def batch_size(length: int, device: torch.device) -> int:
 def ternarize_layers(
     skeleton: Skeleton,
     ids: Tensor,
+    tuning_ids: Sequence[Tensor],
     method: Method,
     work: WorkDirectory,
     device: torch.device,
     reporter: Reporter,
-) -> None:
+) -> list[Tensor]:
     """Fill `work` with the ternary weights of every decoder layer that it does not hold yet.
 
     ids: (samples, length) int64. Inputs come from the layers before as already ternarized, and
     with method.gptaq also from the full-precision ones. Layers that `work` holds are run, not
     computed again, so an interrupted conversion ends with the same bytes.
+
+    Gives for each of `tuning_ids`, windows of text that may be `ids` itself, what the
+    full-precision model's last decoder layer gives: (samples, length, hidden_size) float32.
     """
     finished = [work.has_layer(index) for index in range(len(skeleton))]
-    if all(finished):
-        return
-    needed = len(finished) - finished[::-1].index(False)  # layers, up to the last unfinished
-    batch = batch_size(ids.shape[1], device)
-    hidden, calls = skeleton.embed(ids, batch)
-    require_finite(hidden, "the embeddings")
-    hidden = hidden.to(device) if _fits(hidden, device, 2) else hidden
-    hidden_full = hidden.clone() if method.gptaq else None
+    # All layers run for the sake of the last one's outputs, or up to the last unfinished.
+    needed = len(finished) if tuning_ids else len(finished) - finished[::-1].index(False)
+    ternary = Windows.embed(skeleton, ids, device)
+    full = ternary.copy() if method.gptaq or tuning_ids else None
+    targets = [
+        full if full is not None and text is ids else Windows.embed(skeleton, text, device)
+        for text in tuning_ids
+    ]
+    full_precision = [*targets] if full is None or full in targets else [full, *targets]
 
     reporter.start(len(skeleton))
     try:
         for index in range(needed):
             reporter.layer_started(index)
-            layer = LayerRun(
-                skeleton,
-                index,
-                {size: of_size[index].to(device) for size, of_size in calls.items()},
-                hidden,
-                hidden_full,
-                batch,
-                device,
-            )
+            layer = LayerRun(skeleton, index, ternary, full, device)
             if finished[index]:
                 layer.replace(work.load_layer(index).weights)
             else:
                 work.save_layer(index, layer.ternarize(work.kept, method, reporter))
-            if index + 1 < needed:
-                layer.advance()
+            if index + 1 < needed or tuning_ids:
+                layer.advance(full_precision)
             del layer  # before the next one is loaded
             reporter.layer_done(index, reused=finished[index])
     finally:
         reporter.stop()
+    return [windows.hidden for windows in targets]
 
 
 class LayerRun:
-    """One decoder layer in memory, with the hidden states that enter it.
+    """One decoder layer in memory, with the windows that enter it.
 
-    With full-precision hidden states the layer is there twice: as it becomes ternary, and as it
-    was.
+    With full-precision windows the layer is there twice: as it becomes ternary, and as it was.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
         index: int,
-        calls: Mapping[int, LayerCall],
-        hidden: Tensor,
-        hidden_full: Tensor | None,
-        batch: int,
+        ternary: Windows,
+        full: Windows | None,
         device: torch.device,
     ) -> None:
-        """calls: by size of batch; hidden, hidden_full: (samples, length, hidden_size)."""
+        """ternary, full: the same text, as the ternarized and the full-precision layers gave it."""
         self._skeleton = skeleton
         self._index = index
-        self._calls = calls
-        self._hidden = hidden
-        self._hidden_full = hidden_full
-        self._batch = batch
+        self._windows = ternary
+        self._full_windows = full
         self._device = device
+        self._run = ternary.runner(index, device)
         self._layer = skeleton.load_layer(index, device)
-        self._full = copy.deepcopy(self._layer) if hidden_full is not None else None
+        self._full = copy.deepcopy(self._layer) if full is not None else None
         self._routers = routers(self._layer, skeleton.config)
 
     def ternarize(self, kept: Mapping[str, str], method: Method, reporter: Reporter) -> Layer:
@@ -148,20 +175,22 @@ class LayerRun:
             if name in weights and isinstance(module, nn.Linear):
                 module.weight.copy_(weights[name].dequantize())
 
-    def advance(self) -> None:
-        """Replace the hidden states by the layer's outputs."""
-        self._advance(self._layer, self._hidden, "the ternarized")
-        if self._full is not None and self._hidden_full is not None:
-            self._advance(self._full, self._hidden_full, "the full-precision")
+    def advance(self, full_precision: Sequence[Windows]) -> None:
+        """Replace the hidden states by the layer's outputs.
 
-    def _advance(self, layer: nn.Module, hidden: Tensor, which: str) -> None:
-        for part in hidden.split(self._batch):
-            output = self._run(layer, part)
+        full_precision: all windows that run through the full-precision layers.
+        """
+        self._advance(self._layer, self._windows, "the ternarized")
+        for windows in full_precision:
+            assert self._full is not None
+            self._advance(self._full, windows, "the full-precision")
+
+    def _advance(self, layer: nn.Module, windows: Windows, which: str) -> None:
+        run = windows.runner(self._index, self._device)
+        for part in windows.parts():
+            output = run(layer, part)
             require_finite(output, f"{which} decoder layer {self._index}")
             part.copy_(output)
-
-    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        return self._calls[len(hidden)](layer, hidden.to(self._device))
 
     def _weight_name(self, module: str) -> str:
         return self._skeleton.stored_name(self._index, f"{module}.weight")
@@ -175,7 +204,7 @@ class LayerRun:
         if not linears:
             return []
         groups = InputGroups(self._layer, linears)
-        for part in self._hidden.split(self._batch):
+        for part in self._windows.parts():
             with groups.watch():
                 self._run(self._layer, part)
             if groups.all_seen():
@@ -190,10 +219,10 @@ class LayerRun:
             group: InputStatistics(group.columns, self._device, bool(method.gptaq))
             for group in stage.groups
         }
-        parts = self._hidden.split(self._batch)
+        parts = self._windows.parts()
         full_parts: Sequence[Tensor | None] = [None] * len(parts)
-        if self._hidden_full is not None:
-            full_parts = self._hidden_full.split(self._batch)
+        if method.gptaq and self._full_windows is not None:
+            full_parts = self._full_windows.parts()
         for part, full_part in zip(parts, full_parts, strict=True):
             for group, x, x_full in self._paired_inputs(stage, part, full_part):
                 try:

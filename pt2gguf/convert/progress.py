@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 RECENT_LAYERS = 4  # that the estimate of the remaining time is made from
+RECENT_STEPS = 8
+SECONDS_BETWEEN_STEPS = 10.0  # of the tuning, that are shown
 
 
 class Reporter(Protocol):
@@ -34,6 +36,12 @@ class Reporter(Protocol):
     def stop(self) -> None:
         """The loop has ended, or failed."""
 
+    def tuning_started(self, steps: int) -> None:
+        """The tuning of the grids begins or goes on, of `steps` steps altogether."""
+
+    def tuning_step(self, step: int, steps: int, loss: float) -> None:
+        """A step, counted from 0, is done; loss: the mean KL divergence before it."""
+
 
 class ConsoleReporter:
     """Writes to a terminal with a bar, and to anything else as plain lines."""
@@ -46,6 +54,8 @@ class ConsoleReporter:
         self._layers = 0
         self._begun = 0.0
         self._seconds: list[float] = []  # of the layers that were not reused
+        self._tuning_seconds: list[float] = []
+        self._shown = 0.0  # when a step of the tuning was shown last
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -92,6 +102,24 @@ class ConsoleReporter:
             self._progress.stop()
             self._progress = None
 
+    def tuning_started(self, steps: int) -> None:
+        self._begun = self._shown = time.monotonic()
+        self._print(f"tuning the grids on the model's logits, {steps} steps")
+
+    def tuning_step(self, step: int, steps: int, loss: float) -> None:
+        now = time.monotonic()
+        self._tuning_seconds.append(now - self._begun)
+        self._begun = now
+        last = step + 1 == steps
+        if not last and now - self._shown < SECONDS_BETWEEN_STEPS:
+            return
+        self._shown = now
+        recent = self._tuning_seconds[-RECENT_STEPS:]
+        left = (steps - step - 1) * sum(recent) / len(recent)
+        memory = f"peak memory {peak_memory(self._device) / 1e9:.2f} GB"
+        eta = "" if last else f", about {_clock(left)} left"
+        self._print(f"tuning step {step + 1}/{steps}, divergence {loss:.4f}, {memory}{eta}")
+
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -116,6 +144,10 @@ class SilentReporter:
     def layer_done(self, index: int, reused: bool) -> None: ...
 
     def stop(self) -> None: ...
+
+    def tuning_started(self, steps: int) -> None: ...
+
+    def tuning_step(self, step: int, steps: int, loss: float) -> None: ...
 
 
 def peak_memory(device: torch.device) -> int:

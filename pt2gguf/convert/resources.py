@@ -10,13 +10,19 @@ from pathlib import Path
 import psutil
 import torch
 
+from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.errors import Pt2Error
 
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 # Square matrices (m, m) and weight-shaped ones (n, m), float64, alive at once in `ternarize`.
 SQUARES, WEIGHTS = 10, 6
-# Tensors (tokens, widest) alive at once in a forward pass.
-ACTIVATIONS = 8
+# Tensors (tokens, widest) alive at once in a forward pass, and in one whose gradients are wanted.
+ACTIVATIONS, KEPT_ACTIVATIONS = 8, 24
+# Numbers for each block of 128 weights while grids are tuned: alpha and mu, and for each of them a
+# change, its gradient and Adam's two moments.
+GRID_NUMBERS = 10
+# Tensors (tokens, vocabulary) alive at once when logits are compared.
+LOGITS = 6
 DESCRIPTION = 1024  # bytes about one weight in its layer's file, with names and report
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -38,6 +44,10 @@ class Needs:
     host: int
     gpu: int
     disk: int
+
+    def then(self, later: Needs) -> Needs:
+        """Of two works, one after the other, that both leave files."""
+        return Needs(max(self.host, later.host), max(self.gpu, later.gpu), self.disk + later.disk)
 
 
 def estimate(
@@ -73,20 +83,56 @@ def estimate(
     return Needs(host=hidden + max(body + hidden, compute), gpu=0, disk=disk)
 
 
-def require_memory(needs: Needs, device: torch.device) -> None:
-    """Raises Pt2Error, with the figures, if the machine has less memory than `needs`."""
+def estimate_tuning(
+    *,
+    layer: LayerSize,
+    layers: int,
+    ternary: Sequence[tuple[int, int]],
+    other_parameters: int,
+    tokens: int,
+    step_tokens: int,
+    head_tokens: int,
+    hidden_size: int,
+    vocabulary: int,
+    on_gpu: bool,
+) -> Needs:
+    """An estimate from above of what tuning the grids takes.
+
+    layers: decoder layers; ternary: the shapes (n, m) of all ternary matrices; other_parameters:
+    all others of the model; tokens: of the texts; step_tokens, head_tokens: that run through the
+    layers and through the head together.
+    """
+    weights = sum(n * m for n, m in ternary)
+    blocks = weights // BLOCK_SIZE
+    model = weights // 4 + blocks * GRID_NUMBERS * FLOAT32 + other_parameters * FLOAT32
+    dense = 3 * layer.parameters * FLOAT32  # with a copy of another type, and the gradients
+    widest = max((max(group) for group in layer.groups), default=hidden_size)
+    activations = step_tokens * (KEPT_ACTIVATIONS * widest + layers * hidden_size) * FLOAT32
+    compute = model + dense + activations + LOGITS * head_tokens * vocabulary * FLOAT32
+    hidden = 2 * tokens * hidden_size * FLOAT32  # what enters the layers, and what should leave
+    disk = blocks * (6 * FLOAT32 + 2 * FLOAT16) + 2 * DESCRIPTION * len(ternary)
+    if on_gpu:
+        return Needs(host=hidden, gpu=compute, disk=disk)
+    return Needs(host=hidden + compute, gpu=0, disk=disk)
+
+
+def require_memory(needs: Needs, device: torch.device, purpose: str) -> None:
+    """Raises Pt2Error, with the figures, if the machine has less memory than `needs`.
+
+    purpose: what it is for, and after a colon what else to do.
+    """
     available = available_memory()
     if needs.host > available:
         raise Pt2Error(
-            f"about {_gb(needs.host)} of memory are needed and {_gb(available)} are available: use "
-            "fewer or shorter calibration samples, close other programs, or a larger machine"
+            f"about {_gb(needs.host)} of memory are needed and {_gb(available)} are available "
+            f"{purpose}, close other programs, or use a larger machine"
         )
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if needs.gpu > free:
             raise Pt2Error(
                 f"about {_gb(needs.gpu)} of GPU memory are needed and {_gb(free)} are free on "
-                f"{device}: use --device cpu, or a larger GPU"
+                f"{device} {purpose}, --device cpu, or a larger GPU"
             )
 
 

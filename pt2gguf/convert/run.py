@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.groups import (
@@ -21,11 +20,21 @@ from pt2gguf.convert.groups import (
     select_linears,
     statistics_bytes,
 )
+from pt2gguf.convert.machine import deterministic, usable_device
 from pt2gguf.convert.pipeline import batch_size, ternarize_layers
 from pt2gguf.convert.progress import Reporter, SilentReporter
-from pt2gguf.convert.resources import LayerSize, Needs, estimate, require_disk, require_memory
+from pt2gguf.convert.resources import (
+    LayerSize,
+    Needs,
+    estimate,
+    estimate_tuning,
+    require_disk,
+    require_memory,
+)
 from pt2gguf.convert.settings import make_settings
+from pt2gguf.convert.tuning import TOKENS_PER_HEAD, step_size, tune_grids
 from pt2gguf.convert.workdir import WorkDirectory
+from pt2gguf.convert.writing import write_text, written_length
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import Checkpoint, Skeleton
 from pt2gguf.ternary import Method
@@ -84,14 +93,43 @@ def ternarize_checkpoint(
     try:
         if not work.is_complete():
             needs = conversion_needs(skeleton, plan, method, calibration, device)
-            require_memory(needs, device)
+            require_memory(
+                needs,
+                device,
+                "to convert the largest layer: use fewer or shorter calibration samples",
+            )
             require_disk(work.path, needs.disk, "for the work directory")
             with deterministic(device, threads):
-                ternarize_layers(skeleton, calibration.ids, method, work, device, reporter)
+                texts = _tuning_texts(checkpoint, calibration, method, work, device, reporter)
+                full_precision = ternarize_layers(
+                    skeleton, calibration.ids, texts, method, work, device, reporter
+                )
+                if texts:
+                    tune_grids(skeleton, texts, full_precision, method, work, device, reporter)
     except BaseException:
         work.close()
         raise
     return work
+
+
+def _tuning_texts(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    method: Method,
+    work: WorkDirectory,
+    device: torch.device,
+    reporter: Reporter,
+) -> list[Tensor]:
+    """What the grids are tuned on, if they are."""
+    if not work.tunes:
+        return []
+    if method.written_windows == 0:
+        return [calibration.ids]
+    written = work.load_written()
+    if written is None:
+        written = write_text(checkpoint, method.written_windows, calibration, device, reporter)
+        work.save_written(written)
+    return [calibration.ids, written]
 
 
 def make_plan(skeleton: Skeleton, keep: Keep) -> Plan:
@@ -138,17 +176,35 @@ def conversion_needs(
 ) -> Needs:
     """Memory and disk that the conversion will take."""
     samples, length = calibration.ids.shape
-    return estimate(
+    shapes = list(plan.ternary.values())
+    on_gpu = device.type == "cuda"
+    layers = estimate(
         layer=plan.layer,
         body_parameters=skeleton.body_parameters(),
-        ternary=list(plan.ternary.values()),
+        ternary=shapes,
         samples=samples,
         length=length,
         hidden_size=skeleton.config.hidden_size,
         batch=min(samples, batch_size(length, device)),
         full_precision=bool(method.gptaq),
-        on_gpu=device.type == "cuda",
+        on_gpu=on_gpu,
     )
+    if not method.tuning_epochs:
+        return layers
+    tensors = skeleton.checkpoint.tensors
+    tuning = estimate_tuning(
+        layer=plan.layer,
+        layers=len(skeleton),
+        ternary=shapes,
+        other_parameters=sum(t.elements for name, t in tensors.items() if name not in plan.ternary),
+        tokens=samples * length + method.written_windows * written_length(length),
+        step_tokens=step_size(length) * length,
+        head_tokens=TOKENS_PER_HEAD,
+        hidden_size=skeleton.config.hidden_size,
+        vocabulary=skeleton.config.vocab_size,
+        on_gpu=on_gpu,
+    )
+    return layers.then(tuning)
 
 
 def describe_kept(kept: Mapping[str, str]) -> list[str]:
@@ -158,41 +214,6 @@ def describe_kept(kept: Mapping[str, str]) -> list[str]:
         f"{name} ({count} of them) stays in a stock type: {reason}"
         for (name, reason), count in kinds.items()
     ]
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device called `name`. Raises Pt2Error unless it is the CPU or a GPU that is there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise Pt2Error(f"{name!r} is not a device: choose cpu or cuda") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise Pt2Error(f"device {device} is not supported: choose cpu or cuda")
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise Pt2Error(
-            f"device {device} is not there: PyTorch {torch.__version__} finds "
-            f"{torch.cuda.device_count()} CUDA GPUs; choose cpu, or install a CUDA build of PyTorch"
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-@contextmanager
-def deterministic(device: torch.device, threads: int) -> Iterator[None]:
-    """Within this context, PyTorch gives the same result for the same input every time."""
-    threads_before = torch.get_num_threads()
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads_before)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
 def _layer_size(parameters: int, shapes: Mapping[str, tuple[int, int]], mixture: bool) -> LayerSize:

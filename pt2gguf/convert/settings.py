@@ -13,6 +13,7 @@ import transformers
 
 from pt2gguf import __version__
 from pt2gguf.convert.calibration import Calibration
+from pt2gguf.convert.machine import describe_device
 from pt2gguf.ternary import Method
 
 
@@ -68,7 +69,7 @@ def make_settings(
             method=dataclasses.asdict(method),
             calibration=calibration.provenance,
             kept=kept,
-            device=_describe(device),
+            device=describe_device(device),
             threads=threads,
         ).to_json()
     )
@@ -92,9 +93,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,13 @@ from pt2gguf.ternary import TernaryWeight
 
 SETTINGS = "settings.json"
 LOCK = "lock"
+WRITTEN = "written.safetensors"
+TUNING = "tuning.safetensors"
+RESULTS = ("layer-*.safetensors", "tuned-*.safetensors", WRITTEN, TUNING)
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of JSON that is not ours
+
+Content = tuple[dict[str, Any], dict[str, Tensor]]
+"""Of one file: what is told about its tensors, and these by name."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class WorkDirectory:
     NAME and shape (n, m) is NAME#alpha and NAME#mu, (n, m / 128) float16; NAME#digits, (n, m / 4)
     uint8, where bits 2k and 2k+1 of byte j of each 32 are the digit + 1 of column 32 k + j of the
     block (the layout of TQ2_1); and NAME#perm, (m,) int32, unless it is the identity.
+
+    With a method that tunes the grids, written.safetensors holds the text that the model wrote for
+    that, tuning.safetensors the state of a tuning that is under way, and tuned-0000.safetensors and
+    so on the tuned NAME#alpha and NAME#mu.
     """
 
     def __init__(self, path: Path, settings: Settings, lock: IO[bytes]) -> None:
@@ -63,7 +73,7 @@ class WorkDirectory:
             before = _read_settings(path)
             work = WorkDirectory(path, settings, lock)
             if before is None or before != settings:
-                finished = sorted(path.glob("layer-*.safetensors"))
+                finished = [file for pattern in RESULTS for file in sorted(path.glob(pattern))]
                 if finished and not force:
                     raise Pt2Error(_refusal(path, before, settings))
                 for file in finished:
@@ -96,7 +106,7 @@ class WorkDirectory:
 
     def remove(self) -> None:
         """Delete what a conversion keeps here; the directory too, if nothing else is in it."""
-        for pattern in ("layer-*.safetensors", "*.part", SETTINGS, LOCK):
+        for pattern in (*RESULTS, "*.part", SETTINGS, LOCK):
             for file in self.path.glob(pattern):
                 file.unlink()
         with contextlib.suppress(OSError):  # not empty
@@ -113,12 +123,25 @@ class WorkDirectory:
         """Matrices in decoder layers that are not ternary: checkpoint name -> the reason."""
         return self.settings.kept
 
+    @property
+    def tunes(self) -> bool:
+        """Whether the grids are to be tuned once all layers are ternary."""
+        return self.settings.method.get("tuning_epochs", 0) > 0
+
     def has_layer(self, index: int) -> bool:
-        """Whether layer `index` is finished; a damaged file is one that is not."""
-        return self._read(index) is not None
+        """Whether layer `index` is ternary; a damaged file is one that is not there."""
+        return self._read_layer(self._file(index), index) is not None
+
+    def is_ternary(self) -> bool:
+        """Whether all layers are."""
+        return all(self.has_layer(index) for index in range(self.settings.layers))
 
     def is_complete(self) -> bool:
-        return all(self.has_layer(index) for index in range(self.settings.layers))
+        """Whether nothing is left to do: all layers are ternary, and tuned if they are to be."""
+        return self.is_ternary() and (
+            not self.tunes
+            or all(self._read_layer(self._tuned_file(i), i) for i in range(self.settings.layers))
+        )
 
     def layer_numbers(self) -> dict[str, int]:
         """The layer of each ternary weight by checkpoint name, in layer order; from headers only.
@@ -133,55 +156,89 @@ class WorkDirectory:
                     header = prefix + file.read(int.from_bytes(prefix, "little"))
                 numbers |= dict.fromkeys(json.loads(_description(header)[1])["order"], index)
             except (OSError, *MALFORMED):
-                raise self._missing(index) from None
+                raise self._missing(self._file(index)) from None
         return numbers
 
     def save_layer(self, index: int, layer: Layer) -> None:
-        """Store a finished layer; it is there wholly or not at all, whatever happens meanwhile."""
+        """Store a ternary layer; it is there wholly or not at all, whatever happens meanwhile."""
         tensors: dict[str, Tensor] = {}
         for name, weight in layer.weights.items():
-            tensors[f"{name}#alpha"] = weight.alpha.cpu().contiguous()
-            tensors[f"{name}#mu"] = weight.mu.cpu().contiguous()
+            tensors |= _grid(name, weight.alpha, weight.mu)
             tensors[f"{name}#digits"] = pack_digits(weight.digits.cpu())
             if weight.perm is not None:
                 tensors[f"{name}#perm"] = weight.perm.cpu().to(torch.int32)
-        content = json.dumps(
-            {"layer": index, "reports": layer.reports, "order": list(layer.weights)}, sort_keys=True
-        )
-        # One key only: safetensors writes several in an order that changes from run to run.
-        metadata = {"pt2gguf": json.dumps([_digest(content, tensors), content])}
-        _write(self._file(index), save(tensors, metadata))
+        content = {"layer": index, "reports": layer.reports, "order": list(layer.weights)}
+        _save(self._file(index), content, tensors)
 
     def load_layer(self, index: int) -> Layer:
-        """The finished layer `index`. Raises Pt2Error if it is not there or damaged."""
-        found = self._read(index)
+        """Layer `index` as it was ternarized. Raises Pt2Error if it is not there or damaged."""
+        found = self._read_layer(self._file(index), index)
         if found is None:
-            raise self._missing(index)
+            raise self._missing(self._file(index))
         content, tensors = found
         weights = {name: _unpack(tensors, name) for name in content["order"]}
         return Layer(weights, content["reports"])
 
+    def save_tuned(self, index: int, grids: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Store the tuned alpha and mu of layer `index`."""
+        tensors: dict[str, Tensor] = {}
+        for name, (alpha, mu) in grids.items():
+            tensors |= _grid(name, alpha, mu)
+        _save(self._tuned_file(index), {"layer": index}, tensors)
+
+    def final_weights(self, index: int) -> dict[str, TernaryWeight]:
+        """The weights of layer `index` as they go into the file, by checkpoint name.
+
+        Raises Pt2Error if they are not there or damaged.
+        """
+        weights = self.load_layer(index).weights
+        if not self.tunes:
+            return weights
+        found = self._read_layer(self._tuned_file(index), index)
+        if found is None:
+            raise self._missing(self._tuned_file(index))
+        _, tuned = found
+        return {
+            name: replace(weight, alpha=tuned[f"{name}#alpha"], mu=tuned[f"{name}#mu"])
+            for name, weight in weights.items()
+        }
+
+    def save_written(self, ids: Tensor) -> None:
+        """Store the text that the model wrote, ids (windows, length) int64."""
+        _save(self.path / WRITTEN, {}, {"ids": ids})
+
+    def load_written(self) -> Tensor | None:
+        """What `save_written` stored; None if there is nothing, or it is damaged."""
+        found = _read(self.path / WRITTEN)
+        return None if found is None else found[1]["ids"]
+
+    def save_tuning(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Store the state of the tuning after `step` steps."""
+        _save(self.path / TUNING, {"step": step}, tensors)
+
+    def load_tuning(self) -> tuple[int, dict[str, Tensor]] | None:
+        """What `save_tuning` stored last; None if there is nothing, or it is damaged."""
+        found = _read(self.path / TUNING)
+        return None if found is None else (found[0]["step"], found[1])
+
     def _file(self, index: int) -> Path:
         return self.path / f"layer-{index:04d}.safetensors"
 
-    def _missing(self, index: int) -> Pt2Error:
+    def _tuned_file(self, index: int) -> Path:
+        return self.path / f"tuned-{index:04d}.safetensors"
+
+    def _missing(self, path: Path) -> Pt2Error:
         return Pt2Error(
-            f"{self._file(index)} is missing or damaged: run the same conversion again, which "
-            "makes what is missing"
+            f"{path} is missing or damaged: run the same conversion again, which makes what is "
+            "missing"
         )
 
-    def _read(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What `save_layer` wrote, as it was packed; None unless every byte of it is there."""
-        try:
-            raw = self._file(index).read_bytes()
-            tensors = load(raw)
-            digest, description = _description(raw)
-            if digest != _digest(description, tensors):
-                return None
-            content: dict[str, Any] = json.loads(description)
-            return (content, tensors) if content["layer"] == index else None
-        except (OSError, SafetensorError, *MALFORMED):
-            return None
+    def _read_layer(
+        self, path: Path, index: int
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What `_save` wrote about layer `index`; None unless every byte of it is there."""
+        found = _read(path)
+        return found if found is not None and found[0].get("layer") == index else None
 
 
 def pack_digits(digits: Tensor) -> Tensor:
@@ -195,6 +252,10 @@ def unpack_digits(packed: Tensor) -> Tensor:
     blocks = packed.view(len(packed), -1, BLOCK_SIZE // 4)
     digits = torch.from_numpy(unpack_digits_2bit(blocks.numpy())).view(len(packed), -1)
     return digits.to(torch.int8) - 1
+
+
+def _grid(name: str, alpha: Tensor, mu: Tensor) -> dict[str, Tensor]:
+    return {f"{name}#alpha": alpha.cpu().contiguous(), f"{name}#mu": mu.cpu().contiguous()}
 
 
 def _unpack(tensors: Mapping[str, Tensor], name: str) -> TernaryWeight:
@@ -219,6 +280,25 @@ def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
+
+
+def _save(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    text = json.dumps(content, sort_keys=True)
+    # One key only: safetensors writes several in an order that changes from run to run.
+    _write(path, save(dict(tensors), {"pt2gguf": json.dumps([_digest(text, tensors), text])}))
+
+
+def _read(path: Path) -> Content | None:
+    """What `_save` wrote, content and tensors; None unless every byte of it is there."""
+    try:
+        raw = path.read_bytes()
+        tensors = load(raw)
+        digest, description = _description(raw)
+        if digest != _digest(description, tensors):
+            return None
+        return json.loads(description), tensors
+    except (OSError, SafetensorError, *MALFORMED):
+        return None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -35,4 +35,4 @@ class WorkSource:
         return self._layer(self._layer_of[name])[name]
 
     def _read_layer(self, index: int) -> dict[str, TernaryWeight]:
-        return fold_orders(self._work.load_layer(index).weights, self._biases)
+        return fold_orders(self._work.final_weights(index), self._biases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     size: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 class Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def __call__(self, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run `layer` on hidden states (batch, length, hidden_size); gives the next ones."""
         output = layer(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -47,6 +47,7 @@ class Skeleton:
         self._layers_name, self.layers = _decoder_layers(self._model, self.config)
         self._body_name, self._body = _body(self._model, self._layers_name)
         self._stored_names = _stored_names(self._model, checkpoint)
+        self._layers_give_tuples = False  # what the body expects of them; known after `embed`
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -61,11 +62,20 @@ class Skeleton:
         inside = {id(p) for p in self.layers.parameters()}
         return sum(p.numel() for p in self._body.parameters() if id(p) not in inside)
 
-    def load_layer(self, index: int, device: torch.device) -> nn.Module:
-        """Decoder layer `index` with float32 weights on `device`, for inference."""
+    def load_layer(
+        self, index: int, device: torch.device, without: Collection[str] = ()
+    ) -> nn.Module:
+        """Decoder layer `index` with float32 weights on `device`, for inference.
+
+        without: checkpoint names of weights that are to stay on the meta device.
+        """
         layer = copy.deepcopy(self.layers[index])
-        self._fill(layer, f"{self._layers_name}.{index}", lambda name: True)
-        return layer.to(device)
+        self._fill(
+            layer,
+            f"{self._layers_name}.{index}",
+            lambda name: self.stored_name(index, name) not in without,
+        )
+        return _moved(layer, device)
 
     @torch.no_grad()
     def embed(self, ids: Tensor, batch: int) -> tuple[Tensor, dict[int, list[LayerCall]]]:
@@ -80,7 +90,7 @@ class Skeleton:
         calls: dict[int, list[LayerCall]] = {}
         with self._body_weights():
             for part in ids.split(batch):
-                inputs, part_calls = _record(self._body, self.layers, part)
+                inputs, part_calls = self._record(part)
                 known = calls.setdefault(len(part), part_calls)
                 if not _same(
                     [(c.args, c.kwargs) for c in known], [(c.args, c.kwargs) for c in part_calls]
@@ -92,6 +102,35 @@ class Skeleton:
                     )
                 hidden.append(inputs.float())
         return torch.cat(hidden), calls
+
+    def head(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The function from what the last decoder layer gives to logits, on `device`.
+
+        It takes hidden states (batch, length, hidden_size), gives (batch, length, vocab_size), both
+        float32, and can be differentiated. Call `embed` first.
+        """
+        model = copy.deepcopy(self._model)
+        layers = list(model.get_submodule(self._layers_name).children())
+        self._fill(model, "", lambda name: not name.startswith(f"{self._layers_name}."))
+        _moved(model, device)
+
+        def logits(hidden: Tensor) -> Tensor:
+            output = (hidden,) if self._layers_give_tuples else hidden
+            for layer in layers:
+                layer.forward = lambda *args, **kwargs: output
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)
+            mask = torch.ones_like(ids)
+            return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+        return logits
+
+    def _record(self, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        """Run the body with layers that pass hidden states through; what each was called with."""
+        try:
+            return _record_as(self._body, self.layers, ids, self._layers_give_tuples)
+        except _TupleExpected:
+            self._layers_give_tuples = True
+            return _record_as(self._body, self.layers, ids, as_tuple=True)
 
     @contextmanager
     def _body_weights(self) -> Iterator[None]:
@@ -196,30 +235,31 @@ def _body(model: PreTrainedModel, layers_name: str) -> tuple[str, nn.Module]:
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """The checkpoint's name for each of the model's tensors that is stored under another name.
 
-    That happens when only the model's body was saved, without the prefix of the whole.
+    That happens when only the model's body was saved, without the prefix of the whole, and where
+    the head is the embeddings.
     """
     prefix = f"{model.base_model_prefix}."
     names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
     candidates = {name: name.removeprefix(prefix) for name in names} | {
         name: prefix + name for name in names if not name.startswith(prefix)
     }
-    return {
+    stored_names = {
         name: stored
         for name, stored in candidates.items()
         if name not in checkpoint.tensors and stored in checkpoint.tensors
     }
+    module_names = {module: name for name, module in model.named_modules()}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and getattr(model.config, "tie_word_embeddings", False):
+        embedding_name = f"{module_names[embeddings]}.weight"
+        head_name = f"{module_names[head]}.weight"
+        if stored_names.get(head_name, head_name) not in checkpoint.tensors:
+            stored_names[head_name] = stored_names.get(embedding_name, embedding_name)
+    return stored_names
 
 
 class _TupleExpected(Exception):  # noqa: N818 - a signal, not a failure
     """The body takes element 0 of what a decoder layer returns."""
-
-
-def _record(body: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """Run the body with layers that pass hidden states through; what each was called with."""
-    try:
-        return _record_as(body, layers, ids, as_tuple=False)
-    except _TupleExpected:
-        return _record_as(body, layers, ids, as_tuple=True)
 
 
 def _record_as(
@@ -267,6 +307,11 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Layer
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _moved(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` on `device`, but for what has no values yet."""
+    return module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,5 +1,6 @@
 """The mathematics of PT2-LLM as pure functions on tensors: W ~ alpha * T + mu, T in {-1, 0, 1}."""
 
+from pt2gguf.ternary.grid import round_to_half
 from pt2gguf.ternary.method import METHODS, Method
 from pt2gguf.ternary.statistics import InputStatistics, NonFiniteInputs
 from pt2gguf.ternary.ternarize import TernarizationReport, relative_error, ternarize
@@ -13,5 +14,6 @@ __all__ = [
     "TernarizationReport",
     "TernaryWeight",
     "relative_error",
+    "round_to_half",
     "ternarize",
 ]

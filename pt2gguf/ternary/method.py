@@ -25,6 +25,11 @@ class Method:
     feedback: round a block's columns one by one with error feedback, then refit its grid.
     descent_sweeps: sweeps of coordinate descent over a block's digits, a refit after each.
     stack_shared_inputs: ternarize layers with the same input (q, k, v; gate, up) as one matrix.
+    tuning_epochs: passes over the text in which alpha and mu of the whole model are tuned on its
+        logits, digits frozen; 0 leaves them as they are.
+    tuning_rate: the learning rate at the start, in units of each block's alpha.
+    written_windows: windows of text that the full-precision model writes, to be tuned on together
+        with the calibration text.
     """
 
     name: str
@@ -41,6 +46,9 @@ class Method:
     descent_sweeps: int = 2
     stack_shared_inputs: bool = True
     ssr_skip: tuple[str, ...] = ()
+    tuning_epochs: int = 1
+    tuning_rate: float = 1e-2
+    written_windows: int = 128
 
     def for_tensor(self, name: str) -> Method:
         """The method as it applies to the tensor `name`."""
@@ -61,6 +69,8 @@ METHODS: dict[str, Method] = {
         descent_sweeps=0,
         stack_shared_inputs=False,
         ssr_skip=("down_proj",),
+        tuning_epochs=0,
+        written_windows=0,
     ),
     # The best that we measured (docs/quality.md). Reordering the attention's inputs did not pay,
     # and would cost a permutation tensor for each of its weights.

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import save_model
 
-from pt2gguf.convert import resources
+from pt2gguf.convert import resources, tuning
 from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.resources import LayerSize, available_memory, estimate, require_disk
 from pt2gguf.convert.run import conversion_needs, make_plan, ternarize_checkpoint
@@ -17,6 +18,8 @@ from pt2gguf.ternary import METHODS
 
 CPU = torch.device("cpu")
 IDS = Calibration(torch.zeros(4, 16, dtype=torch.int64), {})
+LAYERS_ALONE = replace(METHODS["default"], tuning_epochs=0, written_windows=0)
+TUNED = replace(METHODS["default"], written_windows=3)
 Usage = namedtuple("Usage", "free")
 Memory = namedtuple("Memory", "available")
 
@@ -31,12 +34,12 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory(10_000))
     with pytest.raises(
         Pt2Error,
-        match=r"^about 0\.\d\d GB of memory are needed and 0\.00 GB are available: use fewer",
+        match=r"^about 0\.\d\d GB of memory are needed and 0\.00 GB are available to convert",
     ):
-        ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w")
+        ternarize_checkpoint(checkpoint, LAYERS_ALONE, IDS, tmp_path / "w")
     # Refused before any work, and the directory is free for the next attempt.
     monkeypatch.undo()
-    ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w").close()
+    ternarize_checkpoint(checkpoint, LAYERS_ALONE, IDS, tmp_path / "w").close()
 
 
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +48,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(
         Pt2Error, match=r"of disk are needed for the work directory and 0\.00 GB are free at /"
     ):
-        ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w")
+        ternarize_checkpoint(checkpoint, LAYERS_ALONE, IDS, tmp_path / "w")
 
 
 def test_disk_of_a_place_that_is_not_there_yet(
@@ -65,12 +68,24 @@ def test_work_directory_is_no_larger_than_estimated(tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_model(tmp_path / "m", "llama"))
     skeleton = Skeleton(checkpoint)
     plan = make_plan(skeleton, lambda name: None)
-    needs = conversion_needs(skeleton, plan, METHODS["default"], IDS, CPU)
-    with ternarize_checkpoint(checkpoint, METHODS["default"], IDS, tmp_path / "w") as work:
+    needs = conversion_needs(skeleton, plan, LAYERS_ALONE, IDS, CPU)
+    with ternarize_checkpoint(checkpoint, LAYERS_ALONE, IDS, tmp_path / "w") as work:
         size = sum(file.stat().st_size for file in work.path.glob("layer-*.safetensors"))
         weights = len(list(work.layer_numbers()))
     assert size <= needs.disk
     assert needs.disk <= size + weights * resources.DESCRIPTION
+
+
+def test_work_directory_with_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
+    skeleton = Skeleton(Checkpoint(save_model(tmp_path / "m", "llama")))
+    plan = make_plan(skeleton, lambda name: None)
+    layers = conversion_needs(skeleton, plan, LAYERS_ALONE, IDS, CPU)
+    both = conversion_needs(skeleton, plan, TUNED, IDS, CPU)
+    assert both.host > layers.host
+    with ternarize_checkpoint(skeleton.checkpoint, TUNED, IDS, tmp_path / "w") as work:
+        size = sum(file.stat().st_size for file in work.path.glob("*.safetensors"))
+    assert size <= both.disk
 
 
 def test_estimate_follows_its_parts() -> None:

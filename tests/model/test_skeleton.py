@@ -35,15 +35,17 @@ def test_layer_by_layer_equals_the_whole_model(tmp_path: Path, kind: str) -> Non
             part = calls[len(part)][index](skeleton.load_layer(index, CPU), part)
         outputs.append(part)
 
+    logits = skeleton.head(CPU)(torch.cat(outputs))
+
     expected = []
     decoder = model.get_decoder() if kind != "gpt_neox" else model.gpt_neox
     norm = decoder.final_layer_norm if kind == "gpt_neox" else decoder.norm
     norm.register_forward_pre_hook(lambda _, args: expected.append(args[0]))
-    for part in ids.split(2):
-        model(part)
+    whole_logits = torch.cat([model(part).logits for part in ids.split(2)])
     # The same float32 sums through another attention kernel at most: a few units in the last place
     # of values of order one, added up over two layers.
     torch.testing.assert_close(torch.cat(outputs), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, whole_logits, rtol=1e-5, atol=1e-5)
     assert all(p.is_meta for p in skeleton.layers.parameters())
 
 

@@ -1,0 +1,61 @@
+"""The device that computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pt2gguf.errors import Pt2Error
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device called `name`. Raises Pt2Error unless it is the CPU or a GPU that is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Pt2Error(f"{name!r} is not a device: choose cpu or cuda") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise Pt2Error(f"device {device} is not supported: choose cpu or cuda")
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise Pt2Error(
+            f"device {device} is not there: PyTorch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} CUDA GPUs; choose cpu, or install a CUDA build of PyTorch"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+@contextmanager
+def deterministic(device: torch.device, threads: int) -> Iterator[None]:
+    """Within this context, PyTorch gives the same result for the same input every time."""
+    threads_before = torch.get_num_threads()
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 matrices are native there, and so faster than float32's."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def describe_device(device: torch.device) -> str:
+    """What results depend on."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    bfloat16 = " with bfloat16" if computes_bfloat16(device) else ""
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}{bfloat16}"

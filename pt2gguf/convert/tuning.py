@@ -1,0 +1,298 @@
+"""Tuning the grids of the whole model on its logits, with the digits frozen.
+
+Ternarizing goes layer by layer and knows only each layer's own error. Here alpha and mu of all
+layers move together, by gradient descent, so that the model's next-token distributions come close
+to the full-precision model's (their Kullback-Leibler divergence on the calibration text). Digits
+stay packed; a layer's weights exist in full only while it runs, once forward and once again for its
+gradients (activation checkpointing).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from pt2gguf.blocks import BLOCK_SIZE
+from pt2gguf.convert.machine import computes_bfloat16
+from pt2gguf.convert.progress import Reporter
+from pt2gguf.convert.workdir import WorkDirectory, pack_digits
+from pt2gguf.errors import Pt2Error
+from pt2gguf.model import LayerCall, Skeleton
+from pt2gguf.ternary import Method, TernaryWeight, round_to_half
+
+# Tokens in one step, and of these in one computation of logits. Part of the result.
+TOKENS_PER_STEP = 4096
+TOKENS_PER_HEAD = 512
+BETAS = (0.9, 0.95)
+SAVE_SECONDS = 60.0
+
+
+def tune_grids(
+    skeleton: Skeleton,
+    texts: Sequence[Tensor],
+    full_precision: Sequence[Tensor],
+    method: Method,
+    work: WorkDirectory,
+    device: torch.device,
+    reporter: Reporter,
+) -> None:
+    """Tune alpha and mu of all ternary weights in `work`, and store them there.
+
+    texts: each (samples, length) int64, token ids; full_precision: for each of them what the
+    full-precision model's last decoder layer gives, (samples, length, hidden_size) float32. Goes on
+    from the state that an interrupted tuning has left in `work`, and ends with the same bytes.
+    """
+    embedded = [skeleton.embed(ids, step_size(ids.shape[1])) for ids in texts]
+    model = _TernaryModel(skeleton, [calls for _, calls in embedded], work, device)
+    optimizer = torch.optim.Adam(model.parameters(), betas=BETAS)
+    batches = [batch for epoch in range(method.tuning_epochs) for batch in _shuffled(texts, epoch)]
+    begin = _restore(model, optimizer, work)
+    saved = time.monotonic()
+    reporter.tuning_started(len(batches))
+    for step, (text, chosen) in enumerate(batches[begin:], begin):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(batches), method.tuning_rate)
+        optimizer.zero_grad()
+        hidden, _ = embedded[text]
+        loss = model.divergence(
+            text, hidden[chosen].to(device), full_precision[text][chosen].to(device)
+        )
+        loss.backward()
+        if not torch.isfinite(loss):
+            raise Pt2Error(
+                f"the tuning diverged at step {step + 1} (its loss is {loss.item()}): convert with "
+                "--no-tuning, or calibrate on other text"
+            )
+        optimizer.step()
+        reporter.tuning_step(step, len(batches), loss.item())
+        if time.monotonic() - saved > SAVE_SECONDS:
+            work.save_tuning(step + 1, dict(_state(model, optimizer)))
+            saved = time.monotonic()
+    for index, grids in enumerate(model.tuned()):
+        work.save_tuned(index, grids)
+
+
+def step_size(length: int) -> int:
+    """Samples of `length` tokens in one step."""
+    return max(1, TOKENS_PER_STEP // length)
+
+
+def learning_rate(step: int, steps: int, initial: float) -> float:
+    """From `initial` at step 0 down to 0 after the last, along half a cosine."""
+    return initial * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _shuffled(texts: Sequence[Tensor], epoch: int) -> list[tuple[int, Tensor]]:
+    """The steps of an epoch: the number of a text and which of its samples, in random order."""
+    generator = torch.Generator().manual_seed(epoch)
+    batches = [
+        (number, part)
+        for number, ids in enumerate(texts)
+        for part in torch.randperm(len(ids), generator=generator).split(step_size(ids.shape[1]))
+    ]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+class _TernaryModel(nn.Module):
+    """The ternarized model with grids that can be learned.
+
+    Nothing else can: tuning the norms too gains nothing (docs/quality.md).
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        calls: Sequence[Mapping[int, Sequence[LayerCall]]],
+        work: WorkDirectory,
+        device: torch.device,
+    ) -> None:
+        """calls: for each text, as `Skeleton.embed` gives them."""
+        super().__init__()
+        self.layers = nn.ModuleList(
+            _TernaryLayer(
+                skeleton,
+                index,
+                [
+                    {size: of_size[index].to(device) for size, of_size in of_text.items()}
+                    for of_text in calls
+                ],
+                work.load_layer(index).weights,
+                device,
+            )
+            for index in range(len(skeleton))
+        )
+        self._head = skeleton.head(device)
+        self._autocast = torch.autocast(
+            device.type, dtype=torch.bfloat16, enabled=computes_bfloat16(device)
+        )
+
+    def divergence(self, text: int, hidden: Tensor, full_precision: Tensor) -> Tensor:
+        """Mean over the tokens of the KL divergence from the full-precision model's logits.
+
+        hidden: (batch, length, hidden_size), what enters the decoder layers for some samples of the
+        text of that number; full_precision: as large, what leaves the last one in the
+        full-precision model.
+        """
+        with self._autocast:
+            for layer in self.layers:
+                hidden = checkpoint(layer, text, hidden, use_reentrant=False)
+            width = hidden.shape[-1]
+            chunks = [
+                checkpoint(_total_divergence, self._head, student, teacher, use_reentrant=False)
+                for student, teacher in zip(
+                    hidden.reshape(1, -1, width).split(TOKENS_PER_HEAD, dim=1),
+                    full_precision.reshape(1, -1, width).split(TOKENS_PER_HEAD, dim=1),
+                    strict=True,
+                )
+            ]
+        return torch.stack(chunks).sum() / hidden[..., 0].numel()
+
+    def tuned(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """alpha and mu of each layer's weights by checkpoint name, as they are to be stored."""
+        for layer in self.layers:
+            assert isinstance(layer, _TernaryLayer)
+            yield {name: grid.rounded() for name, grid in layer.grids()}
+
+
+class _TernaryLayer(nn.Module):
+    """A decoder layer that computes with ternary weights made from their grids when it runs."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        calls: Sequence[Mapping[int, LayerCall]],
+        weights: Mapping[str, TernaryWeight],
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        layer = skeleton.load_layer(index, device, without=weights.keys())
+        # In lists, which nn.Module does not look into: only the grids are parameters.
+        self._layer = [layer]
+        self._calls = calls
+        self._names: list[tuple[str, str]] = []
+        self._grids = nn.ModuleList()
+        for module_name, module in layer.named_modules():
+            name = skeleton.stored_name(index, f"{module_name}.weight")
+            if isinstance(module, nn.Linear) and name in weights:
+                self._names.append((name, f"{module_name}.weight"))
+                self._grids.append(_Grid(weights[name], device))
+
+    def forward(self, text: int, hidden: Tensor) -> Tensor:
+        weights = {
+            parameter: grid() for (_, parameter), grid in zip(self._names, self._grids, strict=True)
+        }
+        call = self._calls[text][len(hidden)]
+        output = call(lambda *a, **k: functional_call(self._layer[0], weights, a, k), hidden)
+        return output.float()
+
+    def grids(self) -> Iterator[tuple[str, _Grid]]:
+        for (name, _), grid in zip(self._names, self._grids, strict=True):
+            assert isinstance(grid, _Grid)
+            yield name, grid
+
+
+class _Grid(nn.Module):
+    """The grid of one ternary weight (n, m).
+
+    Its parameters, (n, m / 128) float32, are the changes of alpha and mu in units of the alpha that
+    the tuning starts from, so that one learning rate fits all.
+    """
+
+    def __init__(self, weight: TernaryWeight, device: torch.device) -> None:
+        super().__init__()
+        self._alpha, self._mu = (v.to(device, torch.float32) for v in (weight.alpha, weight.mu))
+        self._digits = pack_digits(weight.digits).to(device)
+        self._perm = None if weight.perm is None else weight.perm.to(device)
+        self.alpha_change = nn.Parameter(torch.zeros_like(self._alpha))
+        self.mu_change = nn.Parameter(torch.zeros_like(self._mu))
+
+    def forward(self) -> Tensor:
+        """(n, m): the weight in the original order of its columns."""
+        alpha, mu = self._values()
+        weight: Tensor = _Dense.apply(alpha, mu, self._digits, self._perm)  # type: ignore[no-untyped-call]
+        return weight
+
+    @torch.no_grad()
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """alpha and mu, (n, m / 128) float16."""
+        alpha, mu = self._values()
+        return round_to_half(alpha.clamp(min=0), "scale"), round_to_half(mu, "offset")
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        return (
+            self._alpha * (1 + self.alpha_change),
+            self._mu + self._alpha * self.mu_change,
+        )
+
+
+class _Dense(torch.autograd.Function):
+    """alpha * T + mu from packed digits, without keeping T for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        alpha: Tensor,
+        mu: Tensor,
+        digits: Tensor,
+        perm: Tensor | None,
+    ) -> Tensor:
+        ctx.digits, ctx.perm = digits, perm  # type: ignore[attr-defined]
+        stored = torch.addcmul(mu.unsqueeze(2), _unpacked(digits), alpha.unsqueeze(2))
+        stored = stored.view(len(stored), -1)
+        return stored if perm is None else torch.empty_like(stored).index_copy_(1, perm, stored)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        digits, perm = ctx.digits, ctx.perm  # type: ignore[attr-defined]
+        if perm is not None:
+            gradient = gradient[:, perm]
+        blocks = gradient.view(len(gradient), -1, BLOCK_SIZE)
+        return (blocks * _unpacked(digits)).sum(2), blocks.sum(2), None, None
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """(n, m / 4) uint8, as `pack_digits` makes it -> (n, m / 128, 128) float32 in {-1, 0, 1}."""
+    quarters = packed.view(len(packed), -1, BLOCK_SIZE // 4)
+    return torch.cat([((quarters >> 2 * k) & 3).float() for k in range(4)], dim=2) - 1
+
+
+def _total_divergence(head: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+    with torch.no_grad():
+        wanted = head(teacher).float().log_softmax(-1)
+    found = head(student).float().log_softmax(-1)
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Everything that a step changes, on the CPU."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach().cpu()
+        for key, value in optimizer.state[parameter].items():
+            yield f"{name}#{key}", value.cpu()
+
+
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, work: WorkDirectory) -> int:
+    """The step to begin with, after putting back what `work` holds."""
+    found = work.load_tuning()
+    if found is None:
+        return 0
+    step, tensors = found
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensors.pop(name))
+        for key in [key for key in tensors if key.startswith(f"{name}#")]:
+            value = tensors.pop(key)
+            kind = key.rpartition("#")[2]
+            # Adam's own count of steps stays on the CPU.
+            place = value.device if kind == "step" else parameter.device
+            optimizer.state[parameter][kind] = value.to(place)
+    return step
