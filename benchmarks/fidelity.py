@@ -20,25 +20,20 @@ from quality import REPOSITORY, WORK, git_commit, processor
 
 from pt2gguf.blocks import BLOCK_TYPES
 from pt2gguf.cli import main as pt2gguf
-from pt2gguf.commands.convert import gguf_namer
 from pt2gguf.convert.calibration import load_tokenizer, tokenize
-from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.evaluation.logits_file import write_logits_file
-from pt2gguf.evaluation.reference_model import load_reference_model
+from pt2gguf.evaluation.reference_model import load_file_model
 from pt2gguf.export.llama_cpp import import_llama_cpp
-from pt2gguf.model import Checkpoint, Skeleton
+from pt2gguf.model import Checkpoint
 from pt2gguf.native.installation import find_installation
 
 
-def measure(model: Path, file: Path, work_directory: Path, text: Path, windows: int, length: int):
+def measure(model: Path, file: Path, text: Path, windows: int, length: int):
     """The lines of llama-perplexity's report, by name: figure of the file against transformers."""
     installation = find_installation()
     llama_cpp = import_llama_cpp(installation)
     checkpoint = Checkpoint(model)
-    with WorkDirectory.open_existing(work_directory) as work:
-        reference = load_reference_model(
-            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, Skeleton(checkpoint))
-        )
+    reference = load_file_model(checkpoint, file, llama_cpp)
     ids = torch.as_tensor(tokenize(load_tokenizer(model), text.read_text()))
     ids = ids[: windows * length].view(windows, length)
     add_bos = llama_cpp.gguf.GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
@@ -81,7 +76,7 @@ def main() -> None:
         if pt2gguf([*arguments, "--keep-work"]) != 0:
             raise SystemExit(1)
         results[block_type.upper()] = measure(
-            options.model, file, work, options.text, options.windows, options.length
+            options.model, file, options.text, options.windows, options.length
         )
         print(block_type, results[block_type.upper()], flush=True)
     record = {

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from pt2gguf import __version__
-from pt2gguf.commands import build, convert, repack
+from pt2gguf.commands import build, convert, eval, plot, repack
 from pt2gguf.errors import Pt2Error
 
 
@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for an error that the user can mend, 130 when interrupted.
     """
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     try:
         options.run(options)
     except Pt2Error as error:
@@ -38,6 +39,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pt2gguf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (convert, build, repack):
+    for command in (convert, build, repack, eval, plot):
         command.add_parser(commands)
     return parser

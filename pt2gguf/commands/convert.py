@@ -91,6 +91,13 @@ def add_parser(commands: Any) -> None:
     ):
         method.add_argument(f"--no-{switch}", action="store_true", help=f"without {meaning}")
     method.add_argument(
+        "--reorder-by",
+        choices=("similarity", "hessian", "random"),
+        default="similarity",
+        help="how columns are reordered; similarity (default) is SSR, the others are there to "
+        "compare with",
+    )
+    method.add_argument(
         "--no-tuning",
         action="store_true",
         help="without tuning the scales and offsets of the whole model on its logits",
@@ -219,6 +226,7 @@ def _method(options: argparse.Namespace) -> Method:
 
     switches = ("itf", "aga", "ssr", "gptq")
     changes: dict[str, Any] = {s: False for s in switches if getattr(options, f"no_{s}")}
+    changes["reorder_by"] = options.reorder_by
     if options.no_tuning:
         changes |= {"tuning_epochs": 0, "written_windows": 0}
     elif METHODS[options.method].tuning_epochs:

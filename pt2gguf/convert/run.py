@@ -79,7 +79,7 @@ def ternarize_checkpoint(
     plan = make_plan(skeleton, keep)
     for note in describe_kept(plan.kept):
         reporter.note(note)
-    _require_readable_ids(skeleton, calibration)
+    require_readable_ids(skeleton, calibration)
     settings = make_settings(
         model=checkpoint.fingerprint(),
         layers=len(skeleton),
@@ -228,7 +228,7 @@ def _layer_size(parameters: int, shapes: Mapping[str, tuple[int, int]], mixture:
     return LayerSize(parameters, stacked, max(single, min(together, STATISTICS_BYTES)))
 
 
-def _require_readable_ids(skeleton: Skeleton, calibration: Calibration) -> None:
+def require_readable_ids(skeleton: Skeleton, calibration: Calibration) -> None:
     low, high = int(calibration.ids.min()), int(calibration.ids.max())
     vocabulary = skeleton.config.vocab_size
     if low < 0 or high >= vocabulary:

@@ -1,49 +1,40 @@
-"""The model that a ternary GGUF file stands for, as transformers runs it in float32."""
+"""Models as transformers runs them in float32: a checkpoint's, with other weights in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pt2gguf.convert.workdir import WorkDirectory
+from pt2gguf.evaluation.file_weights import open_gguf, read_file_weights, require_same_vocabulary
+from pt2gguf.export.llama_cpp import LlamaCpp
 from pt2gguf.model import Checkpoint
 
 
-def load_reference_model(
-    checkpoint: Checkpoint,
-    work: WorkDirectory,
-    file: Path,
-    gguf: ModuleType,
-    gguf_name: Callable[[str], str | None],
-) -> Any:
-    """The checkpoint with the values that `file` was written from.
-
-    The ternary weights come from the work directory, in the checkpoint's own row and column order,
-    so that a mistake in the file's order shows. Embeddings and head, which no order touches, are
-    dequantized from the file. Everything else is the checkpoint's.
-    """
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-    parameters = dict(model.named_parameters())
-    for index in range(work.settings.layers):
-        for name, weight in work.load_layer(index).weights.items():
-            parameters[name].data.copy_(weight.dequantize())
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for embedding in _embeddings(model, parameters):
-        stored = tensors.get(gguf_name(embedding) or "")
-        if stored is not None:
-            values = gguf.quants.dequantize(stored.data, stored.tensor_type)
-            parameters[embedding].data.copy_(torch.from_numpy(values.astype(np.float32)))
+def load_model(checkpoint: Checkpoint, replaced: Mapping[str, Tensor]) -> Any:
+    """The checkpoint's model on the CPU, with `replaced` (float32, by name) for some weights."""
+    weights = {
+        name: replaced[name] if name in replaced else checkpoint.read(name)
+        for name in checkpoint.tensors
+    }
+    with init_empty_weights():
+        model_class = type(AutoModelForCausalLM.from_config(checkpoint.config))
+    model = model_class.from_pretrained(
+        None, config=checkpoint.config, state_dict=weights, dtype=torch.float32
+    )
     return model.eval()
 
 
-def _embeddings(model: Any, parameters: dict[str, Any]) -> Iterable[str]:
-    ends = [model.get_input_embeddings().weight]
-    if model.get_output_embeddings() is not None:
-        ends.append(model.get_output_embeddings().weight)
-    return [name for name, parameter in parameters.items() if any(parameter is e for e in ends)]
+def load_file_model(checkpoint: Checkpoint, file: Path, llama_cpp: LlamaCpp) -> Any:
+    """The model that the GGUF file `file` stands for, in the shape of its checkpoint.
+
+    Raises Pt2Error for a file that was not made from `checkpoint`.
+    """
+    reader = open_gguf(file, llama_cpp.gguf)
+    require_same_vocabulary(checkpoint, file, reader, llama_cpp)
+    return load_model(checkpoint, read_file_weights(checkpoint, file, reader, llama_cpp))

@@ -13,6 +13,8 @@ class Method:
     aga: activation-aware grid (Eq. 12, 13).
     ssr: reorder columns by structural similarity (Eq. 15, 16), except in tensors whose name
         contains a part named in `ssr_skip`.
+    reorder_by: how SSR's order is made: by "similarity", or, to compare with, "hessian" (largest
+        diagonal first, as GPTQ's act-order) or "random".
     gptq: compensate each block's error in the later blocks.
     gptaq: weight of GPTAQ's term for the difference between full-precision and quantized inputs;
         above 0 the statistics must hold `cross`.
@@ -46,6 +48,7 @@ class Method:
     descent_sweeps: int = 2
     stack_shared_inputs: bool = True
     ssr_skip: tuple[str, ...] = ()
+    reorder_by: str = "similarity"
     tuning_epochs: int = 1
     tuning_rate: float = 1e-2
     written_windows: int = 128

@@ -1,4 +1,4 @@
-"""SSR: which columns form the next block."""
+"""Which columns form the next block: SSR, and the orders that it is compared with."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def select_block(W: Tensor, size: int) -> Tensor:
     directions = W / torch.where(norms > 0, norms, 1.0)
     similarity = directions.mean(1) @ directions  # the mean's own length does not change the order
     return torch.sort(similarity, descending=True, stable=True).indices[:size]
+
+
+def fixed_order(reorder_by: str, H: Tensor) -> Tensor:
+    """(m,) int64: all columns in an order that does not depend on the weights.
+
+    reorder_by: "hessian", largest diagonal element of H (m, m) first, or "random".
+    """
+    if reorder_by == "hessian":
+        return torch.sort(H.diagonal(), descending=True, stable=True).indices
+    if reorder_by == "random":
+        return torch.randperm(len(H), generator=torch.Generator().manual_seed(0)).to(H.device)
+    raise ValueError(f"{reorder_by!r} is no order of columns: choose similarity, hessian or random")

@@ -27,7 +27,7 @@ from pt2gguf.ternary.grid import (
 )
 from pt2gguf.ternary.method import Method
 from pt2gguf.ternary.rounding import descend_digits, digits_with_feedback
-from pt2gguf.ternary.ssr import select_block
+from pt2gguf.ternary.ssr import fixed_order, select_block
 from pt2gguf.ternary.statistics import InputStatistics
 from pt2gguf.ternary.weight import TernaryWeight
 
@@ -85,10 +85,14 @@ def ternarize(
     if cross is not None and method.gptaq_upfront:
         W = asymmetric_target(W, cross, P, method.gptaq)
     remaining = torch.arange(columns, device=weights.device)
+    by_similarity = method.ssr and method.reorder_by == "similarity"
+    if method.ssr and not by_similarity:
+        remaining = fixed_order(method.reorder_by, H)
+        W, P = W[:, remaining], P[remaining.unsqueeze(1), remaining]
     blocks: list[_Block] = []
     order: list[Tensor] = []
     while len(remaining):
-        block, rest = _choose_block(W, size, method.ssr)
+        block, rest = _choose_block(W, size, by_similarity)
         factors, P = split_block(P, block, rest)
         W_B = W[:, block]
         chosen = remaining[block]
@@ -128,9 +132,9 @@ def _cross(statistics: InputStatistics, method: Method) -> Tensor | None:
     return statistics.cross
 
 
-def _choose_block(W: Tensor, size: int, ssr: bool) -> tuple[Tensor, Tensor]:
+def _choose_block(W: Tensor, size: int, by_similarity: bool) -> tuple[Tensor, Tensor]:
     """Positions of the next block's columns, and of the others in ascending order."""
-    if not ssr:
+    if not by_similarity:
         positions = torch.arange(W.shape[1], device=W.device)
         return positions[:size], positions[size:]
     block = select_block(W, size)

@@ -2,7 +2,8 @@
 
 Small random models go through the command line; llama.cpp's logits of the file are compared with
 those of transformers on the dequantized weights. A row or column in the wrong place would make
-them independent of each other.
+them independent of each other. The weights are the file's, traced back through llama.cpp's
+converter; they are also compared with those that were written.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULAR
 from small_models import save_model
 
 from pt2gguf.cli import main as pt2gguf
-from pt2gguf.commands.convert import gguf_namer
 from pt2gguf.convert.workdir import WorkDirectory
-from pt2gguf.evaluation.reference_model import load_reference_model
+from pt2gguf.evaluation.file_weights import open_gguf, read_file_weights
+from pt2gguf.evaluation.reference_model import load_model
 from pt2gguf.export.llama_cpp import import_llama_cpp
-from pt2gguf.model import Checkpoint, Skeleton
+from pt2gguf.export.work_source import WorkSource
+from pt2gguf.model import Checkpoint
 
 LENGTH = 48
 AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
@@ -53,7 +55,9 @@ def test_logits_are_those_of_the_dequantized_weights(
     options += ["--output-type", "f16", "--embedding-type", "f16"]
     assert pt2gguf(list(map(str, ["convert", model, file, *options]))) == 0
     tokens = torch.randint(3, VOCABULARY, (LENGTH,)).tolist()
-    expected = _reference_logits(model, file, work_directory, installation, tokens)
+    weights = _file_weights(Checkpoint(model), file, installation)
+    _require_converted(weights, Checkpoint(model), work_directory)
+    expected = _transformers_logits(Checkpoint(model), weights, tokens)
     actual = _llama_cpp_logits(file, tokens)
     # Activations are rounded to int8 in groups of 32 (a relative error of about 0.5%) in each of
     # a few matrices in a row, and the router of a mixture may tip over for single tokens.
@@ -62,15 +66,29 @@ def test_logits_are_those_of_the_dequantized_weights(
     assert np.mean(np.array(correlations) > 0.99) > 0.9
 
 
-def _reference_logits(model, file, work_directory, installation, tokens) -> np.ndarray:
+def _file_weights(checkpoint, file, installation) -> dict[str, torch.Tensor]:
     llama_cpp = import_llama_cpp(installation)
-    checkpoint = Checkpoint(model)
+    reader = open_gguf(file, llama_cpp.gguf)
+    return read_file_weights(checkpoint, file, reader, llama_cpp)
+
+
+def _require_converted(weights, checkpoint, work_directory) -> None:
+    """Traced back from the file, exactly what was ternarized, and otherwise the checkpoint's."""
+    assert weights.keys() == checkpoint.tensors.keys()
     with WorkDirectory.open_existing(work_directory) as work:
-        reference = load_reference_model(
-            checkpoint, work, file, llama_cpp.gguf, gguf_namer(llama_cpp, Skeleton(checkpoint))
-        )
+        source = WorkSource(work, checkpoint.tensors)
+        for name in source.shapes():
+            assert torch.equal(weights[name], source.weight(name).dequantize()), name
+    for name in weights.keys() - source.shapes().keys():
+        stored = checkpoint.read(name)
+        half = stored.dim() > 1 and "gate.weight" not in name  # routers stay in float32
+        assert torch.equal(weights[name], stored.half().float() if half else stored), name
+
+
+def _transformers_logits(checkpoint, weights, tokens) -> np.ndarray:
     with torch.inference_mode():
-        return reference(torch.tensor([tokens])).logits[0].numpy()
+        model = load_model(checkpoint, weights)
+        return model(torch.tensor([tokens])).logits[0].numpy()
 
 
 def _llama_cpp_logits(file: Path, tokens: list[int]) -> np.ndarray:

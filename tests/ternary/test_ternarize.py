@@ -38,8 +38,10 @@ def slow_paper(W: np.ndarray, H: np.ndarray, C: np.ndarray, method: Method) -> n
     W = W.copy()
     Q = np.zeros_like(W)
     remaining = list(range(columns))
+    if method.reorder_by == "hessian":
+        remaining = list(np.argsort(-np.diag(H), kind="stable"))
     while remaining:
-        if method.ssr:
+        if method.ssr and method.reorder_by == "similarity":
             unit = W[:, remaining] / np.linalg.norm(W[:, remaining], axis=0)
             mean = unit.mean(1)
             cosine = unit.T @ mean / np.linalg.norm(mean)
@@ -88,6 +90,7 @@ def slow_paper(W: np.ndarray, H: np.ndarray, C: np.ndarray, method: Method) -> n
         {"itf": False},
         {"aga": False},
         {"ssr": False},
+        {"reorder_by": "hessian"},
         {"gptq": False},
         {"gptaq": 0.0},
         {"block_size": 32},
@@ -115,6 +118,17 @@ def test_the_default_has_less_error_than_the_paper() -> None:
         name: ternarize(W, stats, method)[1].relative_error for name, method in METHODS.items()
     }
     assert errors["default"] < 0.95 * errors["paper"]
+
+
+def test_random_order_is_a_fixed_permutation() -> None:
+    W, stats = weights(0, 9, 256), statistics(1, 256)
+    method = dataclasses.replace(METHODS["default"], reorder_by="random")
+    weight, _ = ternarize(W, stats, method)
+    other, _ = ternarize(weights(2, 9, 256), statistics(3, 256), method)
+    assert weight.perm is not None
+    assert weight.perm.sort().values.tolist() == list(range(256))
+    assert weight.perm.tolist() != list(range(256))
+    assert torch.equal(weight.perm, other.perm)
 
 
 @pytest.mark.parametrize("name", METHODS)
