@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,6 +64,81 @@ def fidelity_table(fidelity: dict) -> str:
     ]
     names = ("type", "mean KL divergence", "perplexity", "of transformers", "same top token")
     return table(names, rows)
+
+
+def gaussian_table(bounds: dict) -> str:
+    """Errors of Gaussian weights of variance 1 at several rates."""
+    gaussian = bounds["gaussian"]
+    rows = [
+        (rate, f"{bound:.4f}", f"{gaussian['entropy coded'][rate]:.4f}")
+        for rate, bound in gaussian["bound"].items()
+    ]
+    return table(("bits", "any code", "one weight at a time, entropy coded"), rows)
+
+
+def bounds_table(bounds: dict) -> str:
+    """One row for each kind of matrix: means over the layers."""
+    kinds: dict[str, list[dict]] = {}
+    for name, figures in bounds["matrices"].items():
+        kinds.setdefault(name.split(".")[-2], []).append(figures)
+
+    def mean(matrices: list[dict], *keys: str) -> float:
+        values = []
+        for figures in matrices:
+            for key in keys:
+                figures = figures[key]
+            values.append(figures)
+        return sum(values) / len(values)
+
+    columns = (
+        ("kurtosis", ".2f", ("excess kurtosis",)),
+        ("ITF, weights", ".3f", ("ITF, weights alone",)),
+        ("ITF", ".4f", ("ITF",)),
+        ("converted", ".4f", ("converted",)),
+        ("without GPTAQ", ".4f", ("without GPTAQ",)),
+        ("Gaussian weights", ".4f", ("Gaussian weights",)),
+        ("ideal feedback", ".4f", ("ternary, ideal feedback",)),
+        ("bound 1.585", ".4f", ("bound", "1.585")),
+        ("bound 1.875", ".4f", ("bound", "1.875")),
+        ("equivalent bits", ".2f", ("equivalent bits",)),
+    )
+    rows = [
+        (kind, *(format(mean(matrices, *keys), form) for _, form, keys in columns))
+        for kind, matrices in kinds.items()
+    ]
+    return table(("matrix", *(heading for heading, _, _ in columns)), rows)
+
+
+def losses_table(bounds: dict) -> str:
+    """Where the bits between TQ1_1's 1.875 and the equivalent rate of the conversion go."""
+
+    def bits(numerator: str, denominator: str) -> tuple[str, str, str]:
+        def of(figures: dict) -> float:
+            bound = {"bound": figures["bound"]["1.585"]}
+            ratio = (figures | bound)[numerator] / (figures | bound)[denominator]
+            return math.log2(ratio) / 2
+
+        by_kind: dict[str, list[float]] = {}
+        for name, figures in bounds["matrices"].items():
+            by_kind.setdefault(name.split(".")[-2], []).append(of(figures))
+        means = {kind: statistics.mean(values) for kind, values in by_kind.items()}
+        low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        every = [value for values in by_kind.values() for value in values]
+        extremes = (f"{low} {means[low]:.3f}", f"{high} {means[high]:.3f}")
+        return f"{statistics.mean(every):.3f}", *extremes
+
+    rows = [
+        ("alpha and mu (0.25), and packing digits into bytes (0.04)", "0.290", "", ""),
+        ("three levels for each weight by itself", *bits("ternary, determinant", "bound")),
+        (
+            "as many bits for each column, whatever it costs",
+            *bits("ternary, ideal feedback", "ternary, determinant"),
+        ),
+        ("rounding that is not ideal", *bits("Gaussian weights", "ternary, ideal feedback")),
+        ("weights that are not random given H", *bits("without GPTAQ", "Gaussian weights")),
+        ("GPTAQ's term, which buys perplexity", *bits("converted", "without GPTAQ")),
+    ]
+    return table(("lost", "bits", "least", "most"), rows)
 
 
 def table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
