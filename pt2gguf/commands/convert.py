@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,21 @@ from pt2gguf.commands.calibration_options import (
 )
 from pt2gguf.errors import Pt2Error
 from pt2gguf.export.output import require_writable
-from pt2gguf.export.stock_types import STOCK_TYPES, parse_stock_type
+from pt2gguf.export.stock_types import (
+    STOCK_TYPES,
+    bits_per_weight,
+    parse_stock_type,
+    stored_values,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pt2gguf.export.llama_cpp import LlamaCpp
     from pt2gguf.model import Skeleton
     from pt2gguf.ternary import Method
+
+BUDGET_TYPES = ("q3_k", "q4_k", "q6_k")
 
 
 def add_parser(commands: Any) -> None:
@@ -65,6 +75,13 @@ def add_parser(commands: Any) -> None:
         metavar="TYPE",
         default="q6_k",
         help="of the embeddings (default: %(default)s)",
+    )
+    file.add_argument(
+        "--budget",
+        metavar="BPW",
+        type=float,
+        help="bits per weight, on the average over the decoder's matrices, to spend on stock types "
+        f"({', '.join(BUDGET_TYPES)}) for the tensors where the model gains most; converts twice",
     )
     file.add_argument(
         "--tensor-type",
@@ -133,9 +150,11 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from pt2gguf.blocks import BLOCK_TYPES
+    from pt2gguf.convert.budget import TERNARY, spend_budget
     from pt2gguf.convert.machine import usable_device
     from pt2gguf.convert.progress import ConsoleReporter
     from pt2gguf.convert.run import make_plan, ternarize_checkpoint
+    from pt2gguf.convert.workdir import WorkDirectory
     from pt2gguf.export.gguf_file import ExportOptions, write_gguf
     from pt2gguf.export.llama_cpp import import_llama_cpp
     from pt2gguf.export.precheck import find_unexportable, require_known_vocabulary
@@ -146,51 +165,83 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
     require_writable(options.output, options.force)
-    stock_rules = _parse_tensor_types(options.tensor_type)
+    rules = _parse_tensor_types(options.tensor_type)
     output_type = parse_stock_type(options.output_type)
     embedding_type = parse_stock_type(options.embedding_type)
+    block_type = BLOCK_TYPES[options.type]
     method = _method(options)
     device = usable_device(options.device)
+    if options.budget is not None and options.budget < block_type.bits_per_weight:
+        raise Pt2Error(
+            f"--budget {options.budget:g} is less than the {block_type.bits_per_weight:g} bits per "
+            f"weight of {options.type}: ask for more, or for --type tq1_1"
+        )
 
     llama_cpp = import_llama_cpp(find_installation())
+    gguf = llama_cpp.gguf
     checkpoint = Checkpoint(local_directory(options.model))
     require_known_vocabulary(checkpoint.path, llama_cpp)
     skeleton = Skeleton(checkpoint)
     gguf_name = gguf_namer(llama_cpp, skeleton)
+    chosen: dict[str, str] = {}  # by --budget: checkpoint name -> type
 
     def tensor_type(name: str, new_name: str | None) -> str | None:
-        for pattern, stock_type in stock_rules:
+        for pattern, stock_type in rules:
             if pattern.search(name) or (new_name and pattern.search(new_name)):
                 return stock_type
-        return None
-
-    calibration = calibration_for(skeleton, options)
-    work_directory = options.work or options.output.with_name(options.output.name + ".work")
+        return chosen.get(name)
 
     def asked_for(name: str) -> str | None:
         stock_type = tensor_type(name, gguf_name(name))
-        return stock_type and f"--tensor-type asks for {stock_type}"
+        option = "--budget" if name in chosen else "--tensor-type"
+        return stock_type and f"{option} asks for {stock_type}"
 
+    def stored(name: str, weight: Tensor) -> Tensor:
+        return stored_values(weight, tensor_type(name, gguf_name(name)) or "f16", gguf)
+
+    calibration = calibration_for(skeleton, options)
     candidates = make_plan(skeleton, asked_for).ternary
     unexportable = find_unexportable(checkpoint.path, candidates, llama_cpp)
-    with ternarize_checkpoint(
-        checkpoint,
-        method,
-        calibration,
-        work_directory,
-        keep=lambda name: asked_for(name) or unexportable.get(name),
-        device=device,
-        threads=options.threads,
-        force=options.force,
-        reporter=ConsoleReporter(console, device, verbose=options.verbose),
-    ) as work:
+
+    def ternarize(with_method: Method, work_directory: Path) -> WorkDirectory:
+        return ternarize_checkpoint(
+            checkpoint,
+            with_method,
+            calibration,
+            work_directory,
+            keep=lambda name: asked_for(name) or unexportable.get(name),
+            stored=stored,
+            device=device,
+            threads=options.threads,
+            force=options.force,
+            reporter=ConsoleReporter(console, device, verbose=options.verbose),
+        )
+
+    work_directory = options.work or options.output.with_name(options.output.name + ".work")
+    if options.budget is not None:
+        console.print("first all of it ternary, to learn where bits are needed most")
+        untuned = dataclasses.replace(method, tuning_epochs=0, written_windows=0)
+        with ternarize(untuned, work_directory.with_name(work_directory.name + ".first")) as first:
+            console.print("measuring what each weight costs the model")
+            chosen |= spend_budget(
+                skeleton,
+                calibration.ids,
+                first,
+                tensor_of=lambda name: gguf_name(name) or name,
+                stored={t: partial(stored_values, name=t, gguf=gguf) for t in BUDGET_TYPES},
+                bits={TERNARY: block_type.bits_per_weight}
+                | {t: bits_per_weight(t, gguf) for t in BUDGET_TYPES},
+                budget=options.budget,
+                device=device,
+            )
+    with ternarize(method, work_directory) as work:
         console.print(f"writing {options.output}")
         write_gguf(
             checkpoint.path,
             options.output,
             WorkSource(work, checkpoint.tensors),
             ExportOptions(
-                block_type=BLOCK_TYPES[options.type],
+                block_type=block_type,
                 output_type=output_type,
                 embedding_type=embedding_type,
                 tensor_type=tensor_type,
@@ -200,6 +251,9 @@ def run(options: argparse.Namespace) -> None:
         )
         if not options.keep_work:
             work.remove()
+    if options.budget is not None and not options.keep_work:
+        with WorkDirectory.open_existing(first.path) as first:
+            first.remove()
     size = options.output.stat().st_size
     seconds = time.monotonic() - started
     console.print(f"{options.output}: {size / 1e6:.2f} MB ({options.type}) in {seconds:.0f} s")

@@ -29,10 +29,13 @@ def add_parser(commands: Any) -> None:
         ),
     )
     parser.add_argument(
-        "subject", metavar="FILE.gguf|MODEL", help="a GGUF file, or a checkpoint (as for convert)"
+        "subjects",
+        metavar="FILE.gguf|MODEL",
+        nargs="+",
+        help="GGUF files of one model, or a checkpoint (as for convert)",
     )
     parser.add_argument(
-        "--model", metavar="MODEL", help="the checkpoint that FILE.gguf was made from"
+        "--model", metavar="MODEL", help="the checkpoint that the files were made from"
     )
     parser.add_argument(
         "--against",
@@ -128,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.native.installation import find_installation
 
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
-    file, model = _file_and_model(options.subject, options.model)
+    files, model = _files_and_model(options.subjects, options.model)
     if not options.text and not options.tasks:
         raise Pt2Error("there is nothing to measure: give --text FILE, --tasks NAME, or both")
     if options.json is not None:
@@ -163,7 +166,7 @@ def run(options: argparse.Namespace) -> None:
     )
     needs_calibration = any(name != "rtn" for name in against)
     rows = evaluation.run(
-        file, against, calibration_for(evaluation.skeleton, options) if needs_calibration else None
+        files, against, calibration_for(evaluation.skeleton, options) if needs_calibration else None
     )
     print(markdown_table(rows, [text.name for text in measured.texts], list(tasks)))
     if options.json is not None:
@@ -171,21 +174,22 @@ def run(options: argparse.Namespace) -> None:
         write_json(options.json, rows, command)
 
 
-def _file_and_model(subject: str, model: str | None) -> tuple[Path | None, str]:
-    """The file to measure, if any, and the checkpoint."""
-    if not Path(subject).is_file():
-        if model is not None:
+def _files_and_model(subjects: list[str], model: str | None) -> tuple[list[Path], str]:
+    """The files to measure, if any, and the checkpoint."""
+    if model is None and len(subjects) == 1 and not Path(subjects[0]).is_file():
+        return [], subjects[0]
+    for subject in subjects:
+        if not Path(subject).is_file():
             raise Pt2Error(
-                f"{subject} is not a file, and --model goes with one: give the GGUF file that was "
-                "made from the model, or the model alone"
+                f"{subject} is not a file: give GGUF files and the --model that they were made "
+                "from, or a model alone"
             )
-        return None, subject
     if model is None:
         raise Pt2Error(
-            f"--model is missing: give the checkpoint that {subject} was made from, which it is "
-            "compared with"
+            f"--model is missing: give the checkpoint that {subjects[0]} was made from, which it "
+            "is compared with"
         )
-    return Path(subject), model
+    return [Path(subject) for subject in subjects], model
 
 
 def _known_method(name: str, gguf: ModuleType) -> str:

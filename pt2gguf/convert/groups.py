@@ -21,6 +21,10 @@ STATISTICS_BYTES = 2**32  # of one stage, unless a single group needs more
 Keep = Callable[[str], str | None]
 """From the checkpoint name of a matrix to why it is to stay in a stock type; None if it is not."""
 
+Stored = Callable[[str, Tensor], Tensor]
+"""From the checkpoint name of a matrix that stays in a stock type, and its values (n, m) float32 on
+the CPU, to the values that it will have in the file."""
+
 
 @dataclass(frozen=True)
 class Group:

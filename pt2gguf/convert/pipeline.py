@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pt2gguf.convert.activations import recorded_outputs, replayed_outputs, stage_inputs
-from pt2gguf.convert.groups import EXPERT, Group, InputGroups, Stage, routers
+from pt2gguf.convert.groups import EXPERT, Group, InputGroups, Stage, Stored, routers
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.workdir import Layer, WorkDirectory
 from pt2gguf.errors import Pt2Error
@@ -77,14 +77,16 @@ def ternarize_layers(
     tuning_ids: Sequence[Tensor],
     method: Method,
     work: WorkDirectory,
+    stored: Stored,
     device: torch.device,
     reporter: Reporter,
 ) -> list[Tensor]:
     """Fill `work` with the ternary weights of every decoder layer that it does not hold yet.
 
     ids: (samples, length) int64. Inputs come from the layers before as already ternarized, and
-    with method.gptaq also from the full-precision ones. Layers that `work` holds are run, not
-    computed again, so an interrupted conversion ends with the same bytes.
+    with method.gptaq also from the full-precision ones. Matrices that stay in a stock type count
+    as `stored` there. Layers that `work` holds are run, not computed again, so an interrupted
+    conversion ends with the same bytes.
 
     Gives for each of `tuning_ids`, windows of text that may be `ids` itself, what the
     full-precision model's last decoder layer gives: (samples, length, hidden_size) float32.
@@ -105,6 +107,7 @@ def ternarize_layers(
         for index in range(needed):
             reporter.layer_started(index)
             layer = LayerRun(skeleton, index, ternary, full, device)
+            layer.round_kept(work.kept, stored)
             if finished[index]:
                 layer.replace(work.load_layer(index).weights)
             else:
@@ -142,6 +145,13 @@ class LayerRun:
         self._layer = skeleton.load_layer(index, device)
         self._full = copy.deepcopy(self._layer) if full is not None else None
         self._routers = routers(self._layer, skeleton.config)
+
+    def round_kept(self, kept: Collection[str], stored: Stored) -> None:
+        """Compute with the values that the matrices `kept` will have in the file."""
+        for module_name, module in self._layer.named_modules():
+            name = self._weight_name(module_name)
+            if name in kept and isinstance(module, nn.Linear):
+                module.weight.copy_(stored(name, module.weight.cpu()))
 
     def ternarize(self, kept: Mapping[str, str], method: Method, reporter: Reporter) -> Layer:
         """Ternarize every linear layer but those in `kept`, each on what those before it give."""

@@ -16,6 +16,7 @@ from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.groups import (
     STATISTICS_BYTES,
     Keep,
+    Stored,
     routers,
     select_linears,
     statistics_bytes,
@@ -60,6 +61,7 @@ def ternarize_checkpoint(
     work_dir: str | Path,
     *,
     keep: Keep = lambda name: None,
+    stored: Stored = lambda name, weight: weight,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     force: bool = False,
@@ -67,8 +69,9 @@ def ternarize_checkpoint(
 ) -> WorkDirectory:
     """Ternarize the decoder layers of `checkpoint` into `work_dir`, or finish what was begun there.
 
-    keep: matrices that are to stay in a stock type; threads: of PyTorch, as it is now if None;
-    force: discard what `work_dir` holds if it was begun with other settings.
+    keep: matrices that are to stay in a stock type; stored: the values they will have there;
+    threads: of PyTorch, as it is now if None; force: discard what `work_dir` holds if it was begun
+    with other settings.
 
     Gives the complete work directory, locked until it is closed. Raises Pt2Error.
     """
@@ -102,10 +105,12 @@ def ternarize_checkpoint(
             with deterministic(device, threads):
                 texts = _tuning_texts(checkpoint, calibration, method, work, device, reporter)
                 full_precision = ternarize_layers(
-                    skeleton, calibration.ids, texts, method, work, device, reporter
+                    skeleton, calibration.ids, texts, method, work, stored, device, reporter
                 )
                 if texts:
-                    tune_grids(skeleton, texts, full_precision, method, work, device, reporter)
+                    tune_grids(
+                        skeleton, texts, full_precision, method, work, stored, device, reporter
+                    )
     except BaseException:
         work.close()
         raise

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from pt2gguf.blocks import BLOCK_SIZE
+from pt2gguf.convert.groups import Stored
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.workdir import WorkDirectory, pack_digits
@@ -39,6 +40,7 @@ def tune_grids(
     full_precision: Sequence[Tensor],
     method: Method,
     work: WorkDirectory,
+    stored: Stored,
     device: torch.device,
     reporter: Reporter,
 ) -> None:
@@ -49,7 +51,7 @@ def tune_grids(
     from the state that an interrupted tuning has left in `work`, and ends with the same bytes.
     """
     embedded = [skeleton.embed(ids, step_size(ids.shape[1])) for ids in texts]
-    model = _TernaryModel(skeleton, [calls for _, calls in embedded], work, device)
+    model = _TernaryModel(skeleton, [calls for _, calls in embedded], work, stored, device)
     optimizer = torch.optim.Adam(model.parameters(), betas=BETAS)
     batches = [batch for epoch in range(method.tuning_epochs) for batch in _shuffled(texts, epoch)]
     begin = _restore(model, optimizer, work)
@@ -110,6 +112,7 @@ class _TernaryModel(nn.Module):
         skeleton: Skeleton,
         calls: Sequence[Mapping[int, Sequence[LayerCall]]],
         work: WorkDirectory,
+        stored: Stored,
         device: torch.device,
     ) -> None:
         """calls: for each text, as `Skeleton.embed` gives them."""
@@ -122,7 +125,8 @@ class _TernaryModel(nn.Module):
                     {size: of_size[index].to(device) for size, of_size in of_text.items()}
                     for of_text in calls
                 ],
-                work.load_layer(index).weights,
+                work,
+                stored,
                 device,
             )
             for index in range(len(skeleton))
@@ -168,10 +172,12 @@ class _TernaryLayer(nn.Module):
         skeleton: Skeleton,
         index: int,
         calls: Sequence[Mapping[int, LayerCall]],
-        weights: Mapping[str, TernaryWeight],
+        work: WorkDirectory,
+        stored: Stored,
         device: torch.device,
     ) -> None:
         super().__init__()
+        weights = work.load_layer(index).weights
         layer = skeleton.load_layer(index, device, without=weights.keys())
         # In lists, which nn.Module does not look into: only the grids are parameters.
         self._layer = [layer]
@@ -180,7 +186,11 @@ class _TernaryLayer(nn.Module):
         self._grids = nn.ModuleList()
         for module_name, module in layer.named_modules():
             name = skeleton.stored_name(index, f"{module_name}.weight")
-            if isinstance(module, nn.Linear) and name in weights:
+            if not isinstance(module, nn.Linear):
+                continue
+            if name in work.kept:
+                module.weight.data.copy_(stored(name, module.weight.data.cpu()))
+            elif name in weights:
                 self._names.append((name, f"{module_name}.weight"))
                 self._grids.append(_Grid(weights[name], device))
 

@@ -99,7 +99,7 @@ def read_texts(paths: Sequence[Path], model: Path) -> list[Text]:
 
 
 class Evaluation:
-    """Measures a checkpoint, a file made from it, and what they are to be compared with."""
+    """Measures a checkpoint, files made from it, and what they are to be compared with."""
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ class Evaluation:
         self._window = window_length(self.skeleton.config, options.window)
 
     def run(
-        self, file: Path | None, against: Sequence[str], calibration: Calibration | None
+        self, files: Sequence[Path], against: Sequence[str], calibration: Calibration | None
     ) -> list[Row]:
-        """A row for full precision, one for `file`, and one for each of `against`.
+        """A row for full precision, one for each of `files`, and one for each of `against`.
 
         Args:
             against: "rtn", "gptq", or types of llama-quantize.
@@ -131,7 +131,7 @@ class Evaluation:
             Pt2Error: a file that was not made from the checkpoint, a text that is too short, or too
                 little memory or disk.
         """
-        if file is not None:
+        for file in files:
             reader = open_gguf(file, self._llama_cpp.gguf)
             require_same_vocabulary(self._checkpoint, file, reader, self._llama_cpp)
         self._require_long_enough()
@@ -139,16 +139,16 @@ class Evaluation:
         self._require_memory()
         with TemporaryDirectory(prefix="pt2gguf-eval-") as directory:
             work = Path(directory)
-            logits = work if file is not None or _stock_types(against) else None
+            logits = work if files or _stock_types(against) else None
             self._require_disk(work, against, logits)
             return [
                 self._measure(subject, logits)
-                for subject in self._subjects(file, against, calibration, work)
+                for subject in self._subjects(files, against, calibration, work)
             ]
 
     def _subjects(
         self,
-        file: Path | None,
+        files: Sequence[Path],
         against: Sequence[str],
         calibration: Calibration | None,
         work: Path,
@@ -160,7 +160,7 @@ class Evaluation:
             self._note("writing the full-precision file")
             write_full_precision(self._checkpoint.path, full, self._llama_cpp)
         yield _Subject(FULL_PRECISION, 16, full, lambda: load_model(self._checkpoint, {}))
-        if file is not None:
+        for file in files:
             yield self._file_subject(file.name, file)
         for name in against:
             if name in BASELINES:

@@ -19,7 +19,7 @@ from pt2gguf.errors import Pt2Error
 from pt2gguf.export.llama_cpp import LlamaCpp
 from pt2gguf.export.output import complete_file
 from pt2gguf.export.rows import RowSource, numbered_elements, read_rows
-from pt2gguf.export.stock_types import fitting_type, teach_gguf_py
+from pt2gguf.export.stock_types import fitting_type
 from pt2gguf.ternary import TernaryWeight
 
 FORMAT_VERSION = 1
@@ -68,7 +68,6 @@ def write_gguf(
         Pt2Error: the architecture is unknown to the converter, or does to a ternary weight what
             alpha, mu and T cannot follow, or the file cannot be written.
     """
-    teach_gguf_py(llama_cpp.gguf, llama_cpp.ggml_library)
     converter_class = _with_ternary_weights(
         llama_cpp.model_class(checkpoint), source, options, llama_cpp.gguf
     )

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 
 from pt2gguf.errors import Pt2Error
+from pt2gguf.export.stock_types import teach_gguf_py
 from pt2gguf.native.installation import Installation
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The converter's modules, and the libraries of the same build.
+    """The converter's modules.
 
-    They are the source tree's: the released gguf package knows fewer types.
+    They are the source tree's: the released gguf package knows fewer types. gguf quantizes to all
+    stock types.
     """
 
     conversion: ModuleType
     gguf: ModuleType
-    ggml_library: Path
 
     def model_class(self, checkpoint: Path) -> type[Any]:
         """The converter's class for the architecture; raises :class:`Pt2Error` if it has none."""
@@ -66,10 +67,8 @@ def import_llama_cpp(installation: Installation) -> LlamaCpp:
     # The converter reports every tensor, and warns of much that is no concern of the user's.
     for logger in ("hf-to-gguf", "gguf"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    gguf = importlib.import_module("gguf")
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     prefix = "" if sys.platform == "win32" else "lib"
-    return LlamaCpp(
-        conversion=conversion,
-        gguf=importlib.import_module("gguf"),
-        ggml_library=Path(installation.bin) / f"{prefix}ggml-base{suffix}",
-    )
+    teach_gguf_py(gguf, Path(installation.bin) / f"{prefix}ggml-base{suffix}")
+    return LlamaCpp(conversion=conversion, gguf=gguf)

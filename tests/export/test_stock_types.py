@@ -7,7 +7,7 @@ import pytest
 
 from pt2gguf.errors import Pt2Error
 from pt2gguf.export.llama_cpp import LlamaCpp, import_llama_cpp
-from pt2gguf.export.stock_types import STOCK_TYPES, fitting_type, parse_stock_type, teach_gguf_py
+from pt2gguf.export.stock_types import STOCK_TYPES, fitting_type, parse_stock_type
 from pt2gguf.native.installation import find_installation
 
 # The largest step of each type for weights in [-1, 1], from its bits per weight; K-quants below
@@ -29,9 +29,7 @@ LARGEST_ERROR = {
 
 @pytest.fixture(scope="module")
 def llama_cpp() -> LlamaCpp:
-    found = import_llama_cpp(find_installation())
-    teach_gguf_py(found.gguf, found.ggml_library)
-    return found
+    return import_llama_cpp(find_installation())
 
 
 @pytest.mark.parametrize("name", STOCK_TYPES)
