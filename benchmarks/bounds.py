@@ -42,7 +42,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from quality import REPOSITORY, git_commit, processor
+from common import REPOSITORY, git_commit
 from tables import bounds_table, gaussian_table, losses_table
 from torch import Tensor, nn
 
@@ -52,6 +52,7 @@ from pt2gguf.convert.calibration import load_calibration
 from pt2gguf.convert.groups import Group, InputGroups
 from pt2gguf.convert.pipeline import batch_size, method_for
 from pt2gguf.convert.workdir import WorkDirectory
+from pt2gguf.evaluation.report import processor
 from pt2gguf.model import Checkpoint, Skeleton
 from pt2gguf.plotting.picture import BLUE, GREEN, GREY, VERMILION
 from pt2gguf.ternary import InputStatistics, Method, TernaryWeight, relative_error, ternarize

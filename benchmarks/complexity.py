@@ -27,11 +27,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from quality import REPOSITORY, git_commit, processor
+from common import REPOSITORY, git_commit
 from tables import table
 from torch import Tensor
 
 from pt2gguf.convert.machine import usable_device
+from pt2gguf.evaluation.report import processor
 from pt2gguf.ternary import METHODS, InputStatistics, Method, ternarize
 
 ROWS = 512

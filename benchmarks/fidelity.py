@@ -16,13 +16,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from quality import REPOSITORY, WORK, git_commit, processor
+from common import REPOSITORY, WORK, git_commit
 
 from pt2gguf.blocks import BLOCK_TYPES
 from pt2gguf.cli import main as pt2gguf
 from pt2gguf.convert.calibration import load_tokenizer, tokenize
 from pt2gguf.evaluation.logits_file import write_logits_file
 from pt2gguf.evaluation.reference_model import load_file_model
+from pt2gguf.evaluation.report import processor
 from pt2gguf.export.llama_cpp import import_llama_cpp
 from pt2gguf.model import Checkpoint
 from pt2gguf.native.installation import find_installation

@@ -1,6 +1,6 @@
 """Tokens per second of one model in several types, measured in turn on one thread.
 
-    python benchmarks/speed.py [--shared DIR]
+    python benchmarks/speed.py
 
 llama-bench runs every file several times, in alternating order, so that what else the machine does
 hits all alike; medians go to benchmarks/results/speed-llama-30m.json.
@@ -14,11 +14,11 @@ import statistics
 import subprocess
 from pathlib import Path
 
-from quality import REPOSITORY, WORK, convert, git_commit, processor, quantize
+from common import RESULTS, SHARED, WORK, convert, git_commit, quantize
 
+from pt2gguf.evaluation.report import processor
 from pt2gguf.native.installation import find_installation
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "speed-llama-30m.json"
 STOCK = ("F16", "Q4_0", "Q2_K", "TQ2_0")
 TERNARY = ("TQ2_1", "TQ1_1")
 ROUNDS = 7
@@ -26,10 +26,8 @@ TESTS = ["-p", "128", "-n", "64"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared")
-    shared = parser.parse_args().shared
-    files = make_files(shared / "models" / "llama-30m", shared / "data")
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    files = make_files(SHARED / "models" / "llama-30m", SHARED / "data" / "wikitext2-valid.txt")
     rates: dict[str, dict[str, list[float]]] = {name: {"pp128": [], "tg64": []} for name in files}
     for _ in range(ROUNDS):
         for name, file in files.items():
@@ -47,22 +45,19 @@ def main() -> None:
             for name, tests in rates.items()
         },
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "speed-llama-30m.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def make_files(model: Path, data: Path) -> dict[str, Path]:
+def make_files(model: Path, calibration: Path) -> dict[str, Path]:
     WORK.mkdir(parents=True, exist_ok=True)
     files = {name: WORK / f"speed-{name}.gguf" for name in (*STOCK, *TERNARY)}
     for name in STOCK:
-        if name == "F16":
-            quantize(name, files[name], model, data)
-            files[name] = WORK / "F16.gguf"
-        elif not files[name].exists():
-            quantize(name, files[name], model, data)
-    work = f"--work={WORK / 'speed.work'}"
+        if not files[name].exists():
+            quantize(model, files[name], calibration, name)
     for name in TERNARY:
         if not files[name].exists():
-            convert((f"--type={name.lower()}", work, "--keep-work"), files[name], model, data)
+            options = [f"--type={name.lower()}", f"--work={WORK / 'speed.work'}", "--keep-work"]
+            convert(model, files[name], calibration, options)
     return files
 
 
