@@ -22,10 +22,10 @@ from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.groups import Stored
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
-from pt2gguf.convert.workdir import WorkDirectory, pack_digits
+from pt2gguf.convert.workdir import PackedWeight, WorkDirectory
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
-from pt2gguf.ternary import Method, TernaryWeight, round_to_half
+from pt2gguf.ternary import Method, round_to_half
 
 # Tokens in one step, and of these in one computation of logits. Part of the result.
 TOKENS_PER_STEP = 4096
@@ -177,7 +177,7 @@ class _TernaryLayer(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        weights = work.load_layer(index).weights
+        weights = work.load_packed(index)
         layer = skeleton.load_layer(index, device, without=weights.keys())
         # In lists, which nn.Module does not look into: only the grids are parameters.
         self._layer = [layer]
@@ -215,10 +215,10 @@ class _Grid(nn.Module):
     the tuning starts from, so that one learning rate fits all.
     """
 
-    def __init__(self, weight: TernaryWeight, device: torch.device) -> None:
+    def __init__(self, weight: PackedWeight, device: torch.device) -> None:
         super().__init__()
         self._alpha, self._mu = (v.to(device, torch.float32) for v in (weight.alpha, weight.mu))
-        self._digits = pack_digits(weight.digits).to(device)
+        self._digits = weight.digits.to(device)
         self._perm = None if weight.perm is None else weight.perm.to(device)
         self.alpha_change = nn.Parameter(torch.zeros_like(self._alpha))
         self.mu_change = nn.Parameter(torch.zeros_like(self._mu))
@@ -256,7 +256,7 @@ class _Dense(torch.autograd.Function):
         ctx.digits, ctx.perm = digits, perm  # type: ignore[attr-defined]
         stored = torch.addcmul(mu.unsqueeze(2), _unpacked(digits), alpha.unsqueeze(2))
         stored = stored.view(len(stored), -1)
-        return stored if perm is None else torch.empty_like(stored).index_copy_(1, perm, stored)
+        return stored if perm is None else stored.index_select(1, torch.argsort(perm))
 
     @staticmethod
     def backward(
@@ -265,7 +265,7 @@ class _Dense(torch.autograd.Function):
         (gradient,) = gradients
         digits, perm = ctx.digits, ctx.perm  # type: ignore[attr-defined]
         if perm is not None:
-            gradient = gradient[:, perm]
+            gradient = gradient.index_select(1, perm)
         blocks = gradient.view(len(gradient), -1, BLOCK_SIZE)
         return (blocks * _unpacked(digits)).sum(2), blocks.sum(2), None, None
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pt2gguf.blocks import BLOCK_SIZE, pack_digits_2bit, unpack_digits_2bit
+from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.settings import Settings, differences
 from pt2gguf.errors import Pt2Error
 from pt2gguf.ternary import TernaryWeight
@@ -39,6 +39,23 @@ class Layer:
 
     weights: dict[str, TernaryWeight]
     reports: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A ternary weight (n, m) as it is stored.
+
+    alpha, mu: (n, m / 128) float16; digits: (n, m / 4) uint8, see `WorkDirectory`; perm: (m,) int64
+    or None.
+    """
+
+    alpha: Tensor
+    mu: Tensor
+    digits: Tensor
+    perm: Tensor | None
+
+    def unpack(self) -> TernaryWeight:
+        return TernaryWeight(self.alpha, self.mu, unpack_digits(self.digits), self.perm)
 
 
 class WorkDirectory:
@@ -164,7 +181,7 @@ class WorkDirectory:
         tensors: dict[str, Tensor] = {}
         for name, weight in layer.weights.items():
             tensors |= _grid(name, weight.alpha, weight.mu)
-            tensors[f"{name}#digits"] = pack_digits(weight.digits.cpu())
+            tensors[f"{name}#digits"] = pack_digits(weight.digits).cpu()
             if weight.perm is not None:
                 tensors[f"{name}#perm"] = weight.perm.cpu().to(torch.int32)
         content = {"layer": index, "reports": layer.reports, "order": list(layer.weights)}
@@ -172,12 +189,14 @@ class WorkDirectory:
 
     def load_layer(self, index: int) -> Layer:
         """Layer `index` as it was ternarized. Raises Pt2Error if it is not there or damaged."""
-        found = self._read_layer(self._file(index), index)
-        if found is None:
-            raise self._missing(self._file(index))
-        content, tensors = found
-        weights = {name: _unpack(tensors, name) for name in content["order"]}
+        content, tensors = self._layer(index)
+        weights = {name: _packed(tensors, name).unpack() for name in content["order"]}
         return Layer(weights, content["reports"])
+
+    def load_packed(self, index: int) -> dict[str, PackedWeight]:
+        """The weights of `load_layer`, not unpacked."""
+        content, tensors = self._layer(index)
+        return {name: _packed(tensors, name) for name in content["order"]}
 
     def save_tuned(self, index: int, grids: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Store the tuned alpha and mu of layer `index`."""
@@ -233,9 +252,13 @@ class WorkDirectory:
             "missing"
         )
 
-    def _read_layer(
-        self, path: Path, index: int
-    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def _layer(self, index: int) -> Content:
+        found = self._read_layer(self._file(index), index)
+        if found is None:
+            raise self._missing(self._file(index))
+        return found
+
+    def _read_layer(self, path: Path, index: int) -> Content | None:
         """What `_save` wrote about layer `index`; None unless every byte of it is there."""
         found = _read(path)
         return found if found is not None and found[0].get("layer") == index else None
@@ -243,27 +266,30 @@ class WorkDirectory:
 
 def pack_digits(digits: Tensor) -> Tensor:
     """(n, m) int8 in {-1, 0, 1} -> (n, m / 4) uint8 in the layout of `WorkDirectory`."""
-    blocks = (digits + 1).to(torch.uint8).view(len(digits), -1, BLOCK_SIZE)
-    return torch.from_numpy(pack_digits_2bit(blocks.numpy())).view(len(digits), -1)
+    planes = (digits + 1).to(torch.uint8).view(len(digits), -1, 4, BLOCK_SIZE // 4)
+    packed = planes[:, :, 0].clone()
+    for k in range(1, 4):
+        packed |= planes[:, :, k] << 2 * k
+    return packed.view(len(digits), -1)
 
 
 def unpack_digits(packed: Tensor) -> Tensor:
     """The inverse of `pack_digits`."""
-    blocks = packed.view(len(packed), -1, BLOCK_SIZE // 4)
-    digits = torch.from_numpy(unpack_digits_2bit(blocks.numpy())).view(len(packed), -1)
-    return digits.to(torch.int8) - 1
+    quarters = packed.view(len(packed), -1, BLOCK_SIZE // 4)
+    planes = torch.stack([(quarters >> 2 * k) & 3 for k in range(4)], dim=2)
+    return planes.view(len(packed), -1).to(torch.int8) - 1
 
 
 def _grid(name: str, alpha: Tensor, mu: Tensor) -> dict[str, Tensor]:
     return {f"{name}#alpha": alpha.cpu().contiguous(), f"{name}#mu": mu.cpu().contiguous()}
 
 
-def _unpack(tensors: Mapping[str, Tensor], name: str) -> TernaryWeight:
+def _packed(tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
     perm = tensors.get(f"{name}#perm")
-    return TernaryWeight(
+    return PackedWeight(
         alpha=tensors[f"{name}#alpha"],
         mu=tensors[f"{name}#mu"],
-        digits=unpack_digits(tensors[f"{name}#digits"]),
+        digits=tensors[f"{name}#digits"],
         perm=None if perm is None else perm.long(),
     )
 

@@ -8,6 +8,8 @@ alpha = 0 get digits 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,42 @@ def descend_digits(W: Tensor, alpha: Tensor, mu: Tensor, T: Tensor, M: Tensor) -
         distance[j + 1 :].addr_(effect[j, j + 1 :], T[j] - best)
         T[j] = best
     return T.T.contiguous()
+
+
+class Replayed:
+    """One of the functions above, its kernels replayed as one CUDA graph where there is a GPU.
+
+    They are thousands of small ones, which take longer to launch one by one than to run. The graph
+    is that of the first call: the following ones must bring tensors of the same shapes.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._output = torch.empty(0)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if not inputs[0].is_cuda:
+            return self._function(*inputs)
+        if self._graph is None:
+            self._capture(inputs)
+        assert self._graph is not None
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._graph.replay()
+        return self._output.clone()
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(given.clone() for given in inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once outside, for what libraries do the first time
+            self._function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = self._function(*self._inputs)
 
 
 def _in_grid_units(W: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from pt2gguf.ternary.grid import (
     round_to_half,
 )
 from pt2gguf.ternary.method import Method
-from pt2gguf.ternary.rounding import descend_digits, digits_with_feedback
+from pt2gguf.ternary.rounding import Replayed, descend_digits, digits_with_feedback
 from pt2gguf.ternary.ssr import fixed_order, select_block
 from pt2gguf.ternary.statistics import InputStatistics
 from pt2gguf.ternary.weight import TernaryWeight
@@ -89,6 +89,7 @@ def ternarize(
     if method.ssr and not by_similarity:
         remaining = fixed_order(method.reorder_by, H)
         W, P = W[:, remaining], P[remaining.unsqueeze(1), remaining]
+    feedback, descend = Replayed(digits_with_feedback), Replayed(descend_digits)
     blocks: list[_Block] = []
     order: list[Tensor] = []
     while len(remaining):
@@ -96,7 +97,8 @@ def ternarize(
         factors, P = split_block(P, block, rest)
         W_B = W[:, block]
         chosen = remaining[block]
-        done = _ternarize_block(W_B, H[chosen.unsqueeze(1), chosen], factors, method)
+        S = H[chosen.unsqueeze(1), chosen]
+        done = _ternarize_block(W_B, S, factors, method, feedback, descend)
         blocks.append(done)
         order.append(chosen)
 
@@ -143,9 +145,17 @@ def _choose_block(W: Tensor, size: int, by_similarity: bool) -> tuple[Tensor, Te
     return block, left.nonzero().squeeze(1)
 
 
-def _ternarize_block(W: Tensor, S: Tensor, factors: BlockFactors, method: Method) -> _Block:
+def _ternarize_block(
+    W: Tensor,
+    S: Tensor,
+    factors: BlockFactors,
+    method: Method,
+    feedback: Replayed,
+    descend: Replayed,
+) -> _Block:
     """Grid and digits of one block W (n, b); S (b, b) is H_BB. alpha and mu come as float16."""
-    metric = factors.metric if method.exact else S
+    cost = factors.metric
+    metric = cost if method.exact else S
     alpha, mu, T = initial_grid(W)
     rounds = 0
     if method.itf:
@@ -154,11 +164,11 @@ def _ternarize_block(W: Tensor, S: Tensor, factors: BlockFactors, method: Method
     if method.aga:
         alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
     if method.feedback:
-        T = digits_with_feedback(W, alpha, mu, factors.L)
+        T = feedback(W, alpha, mu, factors.L)
         if method.aga:
             alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
     for _ in range(method.descent_sweeps):
-        T = descend_digits(W, alpha, mu, T, factors.metric)
+        T = descend(W, alpha, mu, T, cost)
         if method.aga:
             alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
     alpha, T = nonnegative_scale(alpha, T)

@@ -31,6 +31,4 @@ class TernaryWeight:
         stored = stored.view(rows, columns).to(dtype)
         if self.perm is None:
             return stored
-        original = torch.empty_like(stored)
-        original[:, self.perm] = stored
-        return original
+        return stored.index_select(1, torch.argsort(self.perm))

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT
+from torch import Tensor
 
 from pt2gguf.convert.calibration import load_calibration
 from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.convert.workdir import Layer
 from pt2gguf.model import Checkpoint
 from pt2gguf.ternary import METHODS
+from pt2gguf.ternary.rounding import Replayed, descend_digits, digits_with_feedback
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -39,6 +41,32 @@ def test_the_gpu_gives_what_the_cpu_gives(tmp_path: Path) -> None:
             # comparable; the errors are (the largest difference seen is 8%).
             error = gpu_layer.reports[name]["relative_error"]
             assert error == pytest.approx(report["relative_error"], rel=0.2)
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+def test_replayed_rounding_is_the_same_rounding(rows: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    feedback, descend = Replayed(digits_with_feedback), Replayed(descend_digits)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device="cuda", generator=generator)
+
+    for _ in range(3):  # the first call captures, the others replay with new inputs
+        W, alpha, mu = random(rows, 128), random(rows).abs(), random(rows)
+        alpha[0] = 0
+        M = random(128, 200) @ random(200, 128)
+        M = M @ M.T
+        L = torch.linalg.cholesky(torch.linalg.inv(M))
+        T = feedback(W, alpha, mu, L)
+        assert torch.equal(T, digits_with_feedback(W, alpha, mu, L))
+        assert torch.equal(descend(W, alpha, mu, T, M), descend_digits(W, alpha, mu, T, M))
+
+
+def test_tuning_on_the_gpu_is_reproducible(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        ternarized(tmp_path / name, "cuda")
+    for file in sorted((tmp_path / "first").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name
 
 
 def test_gpu_results_are_reproducible_and_resumable(tmp_path: Path) -> None:

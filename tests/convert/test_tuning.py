@@ -17,7 +17,7 @@ from pt2gguf.convert.calibration import Calibration, load_calibration
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.convert.tuning import _Dense, _Grid, learning_rate
-from pt2gguf.convert.workdir import WorkDirectory, pack_digits
+from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, pack_digits
 from pt2gguf.convert.writing import write_text
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import Checkpoint
@@ -160,7 +160,7 @@ def test_grid_starts_where_the_ternary_weight_is() -> None:
     mu = torch.randn(5, 2, generator=generator).half()
     digits = torch.randint(-1, 2, (5, 256), generator=generator, dtype=torch.int8)
     weight = TernaryWeight(alpha, mu, digits, None)
-    grid = _Grid(weight, CPU)
+    grid = _Grid(PackedWeight(alpha, mu, pack_digits(digits), None), CPU)
     assert torch.equal(grid(), weight.dequantize())
     assert torch.equal(grid.rounded()[0], alpha)
     assert torch.equal(grid.rounded()[1], mu)
