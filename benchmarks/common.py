@@ -15,14 +15,10 @@ WORK = REPOSITORY / "build" / "benchmarks"
 
 
 def convert(model: Path, file: Path, calibration: Path, options: list[str]) -> str:
-    """Converts with 128 windows of 512 tokens; gives the command without machine paths."""
+    """Converts with 128 windows of 512 tokens; gives what the command printed."""
+    command = [sys.executable, "-m", "pt2gguf", "convert", model, file]
     arguments = ["--samples=128", "--length=512", "--force", *options]
-    run(
-        sys.executable, "-m", "pt2gguf", "convert", model, file, f"--calibration={calibration}",
-        *arguments,
-    )  # fmt: skip
-    shown = ["pt2gguf", "convert", model.name, file.name, f"--calibration={calibration.name}"]
-    return " ".join([*shown, *arguments])
+    return run(*command, f"--calibration={calibration}", *arguments)
 
 
 def quantize(model: Path, file: Path, calibration: Path, stock_type: str) -> str:

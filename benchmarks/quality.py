@@ -25,13 +25,14 @@ TEXTS = ("heldout-web", "wikitext2-test")
 CHUNKS = 200
 STOCK_TYPES = "Q2_K,IQ2_M,IQ2_XS,IQ2_XXS,IQ1_M"
 
+SHARED_WORK = ["--work=default.work", "--keep-work"]
 CONVERSIONS = {
-    "TQ1_1": [],
-    "TQ1_1, embeddings Q5_K": ["--embedding-type=q5_k"],
-    "TQ1_1, --no-tuning": ["--no-tuning"],
+    "TQ1_1": SHARED_WORK,
     "TQ1_1, --method paper": ["--method=paper"],
-    "TQ1_1, --written 1024": ["--written=1024"],
+    "TQ1_1, embeddings Q5_K": [*SHARED_WORK, "--embedding-type=q5_k"],
+    "TQ1_1, --no-tuning --written 0": ["--no-tuning", "--written=0"],
     "TQ1_1, --budget 2.67": ["--budget=2.67"],
+    "TQ1_1, --written 1024": ["--written=1024"],
 }
 
 
@@ -74,10 +75,12 @@ def converted(
     notes = file.with_suffix(".json")
     if not notes.exists():
         begun = time.monotonic()
-        command = convert(model, file, calibration, ["--type=tq1_1", *arguments])
+        placed = [a.replace("--work=", f"--work={file.parent}/") for a in arguments]
+        output = convert(model, file, calibration, ["--type=tq1_1", *placed])
         record = {
             "name": name,
-            "command": command,
+            "options": arguments,
+            "output": output.replace(f"{file.parent}/", "").splitlines(),
             "seconds": round(time.monotonic() - begun, 1),
             "cores": os.cpu_count(),
             "commit": git_commit(),

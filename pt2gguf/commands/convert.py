@@ -123,8 +123,8 @@ def add_parser(commands: Any) -> None:
         "--written",
         metavar="N",
         type=whole,
-        help="windows of text that the model itself writes, to be tuned on together with the "
-        "calibration text (default: as many as --samples; 1024 for the best quality)",
+        help="windows of text that the model itself writes, to be calibrated and tuned on together "
+        "with the calibration text (default: half as many as --samples; 1024 for the best quality)",
     )
     method.add_argument(
         "--gptaq",
@@ -282,9 +282,11 @@ def _method(options: argparse.Namespace) -> Method:
     changes: dict[str, Any] = {s: False for s in switches if getattr(options, f"no_{s}")}
     changes["reorder_by"] = options.reorder_by
     if options.no_tuning:
-        changes |= {"tuning_epochs": 0, "written_windows": 0}
-    elif METHODS[options.method].tuning_epochs:
-        changes["written_windows"] = options.samples if options.written is None else options.written
+        changes["tuning_epochs"] = 0
+    if options.written is not None:
+        changes["written_windows"] = options.written
+    elif METHODS[options.method].written_windows:
+        changes["written_windows"] = options.samples // 2
     if options.gptaq is not None:
         changes["gptaq"] = options.gptaq
     return dataclasses.replace(METHODS[options.method], **changes)

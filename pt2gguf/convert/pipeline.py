@@ -33,6 +33,10 @@ from pt2gguf.ternary import (
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 
 
+Run = Callable[[nn.Module, Tensor], Tensor]
+"""From a decoder layer and hidden states (batch, length, hidden_size) to the next ones."""
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """Windows of text on their way through the decoder layers.
@@ -59,7 +63,7 @@ class Windows:
     def parts(self) -> Sequence[Tensor]:
         return self.hidden.split(self.batch)
 
-    def runner(self, index: int, device: torch.device) -> Callable[[nn.Module, Tensor], Tensor]:
+    def runner(self, index: int, device: torch.device) -> Run:
         """The function that runs decoder layer `index` on one of the parts."""
         calls = {size: of_size[index].to(device) for size, of_size in self.calls.items()}
         return lambda layer, part: calls[len(part)](layer, part.to(device))
@@ -73,8 +77,8 @@ def batch_size(length: int, device: torch.device) -> int:
 @torch.no_grad()
 def ternarize_layers(
     skeleton: Skeleton,
-    ids: Tensor,
-    tuning_ids: Sequence[Tensor],
+    texts: Sequence[Tensor],
+    further: Sequence[Tensor],
     method: Method,
     work: WorkDirectory,
     stored: Stored,
@@ -83,24 +87,21 @@ def ternarize_layers(
 ) -> list[Tensor]:
     """Fill `work` with the ternary weights of every decoder layer that it does not hold yet.
 
-    ids: (samples, length) int64. Inputs come from the layers before as already ternarized, and
-    with method.gptaq also from the full-precision ones. Matrices that stay in a stock type count
-    as `stored` there. Layers that `work` holds are run, not computed again, so an interrupted
-    conversion ends with the same bytes.
+    texts: each (samples, length) int64, the calibration text. Inputs come from the layers before as
+    already ternarized, and with method.gptaq also from the full-precision ones. Matrices that stay
+    in a stock type count as `stored` there. Layers that `work` holds are run, not computed again,
+    so an interrupted conversion ends with the same bytes.
 
-    Gives for each of `tuning_ids`, windows of text that may be `ids` itself, what the
-    full-precision model's last decoder layer gives: (samples, length, hidden_size) float32.
+    If `work` is to be tuned, gives for each of `texts` and of `further` (text that only the
+    full-precision model reads) what its last decoder layer gives, (samples, length, hidden_size)
+    float32.
     """
     finished = [work.has_layer(index) for index in range(len(skeleton))]
     # All layers run for the sake of the last one's outputs, or up to the last unfinished.
-    needed = len(finished) if tuning_ids else len(finished) - finished[::-1].index(False)
-    ternary = Windows.embed(skeleton, ids, device)
-    full = ternary.copy() if method.gptaq or tuning_ids else None
-    targets = [
-        full if full is not None and text is ids else Windows.embed(skeleton, text, device)
-        for text in tuning_ids
-    ]
-    full_precision = [*targets] if full is None or full in targets else [full, *targets]
+    needed = len(finished) if work.tunes else len(finished) - finished[::-1].index(False)
+    ternary = [Windows.embed(skeleton, ids, device) for ids in texts]
+    full = [windows.copy() for windows in ternary] if method.gptaq or work.tunes else []
+    others = [Windows.embed(skeleton, ids, device) for ids in further] if work.tunes else []
 
     reporter.start(len(skeleton))
     try:
@@ -112,13 +113,13 @@ def ternarize_layers(
                 layer.replace(work.load_layer(index).weights)
             else:
                 work.save_layer(index, layer.ternarize(work.kept, method, reporter))
-            if index + 1 < needed or tuning_ids:
-                layer.advance(full_precision)
+            if index + 1 < needed or work.tunes:
+                layer.advance(others)
             del layer  # before the next one is loaded
             reporter.layer_done(index, reused=finished[index])
     finally:
         reporter.stop()
-    return [windows.hidden for windows in targets]
+    return [windows.hidden for windows in [*full, *others]] if work.tunes else []
 
 
 class LayerRun:
@@ -131,19 +132,19 @@ class LayerRun:
         self,
         skeleton: Skeleton,
         index: int,
-        ternary: Windows,
-        full: Windows | None,
+        ternary: Sequence[Windows],
+        full: Sequence[Windows],
         device: torch.device,
     ) -> None:
-        """ternary, full: the same text, as the ternarized and the full-precision layers gave it."""
+        """ternary, full: the same texts, as the ternarized and the full-precision layers gave them;
+        full may be empty."""
         self._skeleton = skeleton
         self._index = index
-        self._windows = ternary
+        self._ternary_windows = ternary
         self._full_windows = full
         self._device = device
-        self._run = ternary.runner(index, device)
         self._layer = skeleton.load_layer(index, device)
-        self._full = copy.deepcopy(self._layer) if full is not None else None
+        self._full = copy.deepcopy(self._layer) if full else None
         self._routers = routers(self._layer, skeleton.config)
 
     def round_kept(self, kept: Collection[str], stored: Stored) -> None:
@@ -185,13 +186,14 @@ class LayerRun:
             if name in weights and isinstance(module, nn.Linear):
                 module.weight.copy_(weights[name].dequantize())
 
-    def advance(self, full_precision: Sequence[Windows]) -> None:
+    def advance(self, others: Sequence[Windows]) -> None:
         """Replace the hidden states by the layer's outputs.
 
-        full_precision: all windows that run through the full-precision layers.
+        others: further windows that run through the full-precision layers.
         """
-        self._advance(self._layer, self._windows, "the ternarized")
-        for windows in full_precision:
+        for windows in self._ternary_windows:
+            self._advance(self._layer, windows, "the ternarized")
+        for windows in [*self._full_windows, *others]:
             assert self._full is not None
             self._advance(self._full, windows, "the full-precision")
 
@@ -214,12 +216,17 @@ class LayerRun:
         if not linears:
             return []
         groups = InputGroups(self._layer, linears)
-        for part in self._windows.parts():
+        for run, part in self._parts(self._ternary_windows):
             with groups.watch():
-                self._run(self._layer, part)
+                run(self._layer, part)
             if groups.all_seen():
                 break
         return groups.stages()
+
+    def _parts(self, texts: Sequence[Windows]) -> list[tuple[Run, Tensor]]:
+        """The parts of all texts, with the function that runs a layer on them."""
+        runs = [(windows.runner(self._index, self._device), windows) for windows in texts]
+        return [(run, part) for run, windows in runs for part in windows.parts()]
 
     def _statistics(
         self, stage: Stage, method: Method, reporter: Reporter
@@ -229,12 +236,12 @@ class LayerRun:
             group: InputStatistics(group.columns, self._device, bool(method.gptaq))
             for group in stage.groups
         }
-        parts = self._windows.parts()
+        parts = self._parts(self._ternary_windows)
         full_parts: Sequence[Tensor | None] = [None] * len(parts)
-        if method.gptaq and self._full_windows is not None:
-            full_parts = self._full_windows.parts()
-        for part, full_part in zip(parts, full_parts, strict=True):
-            for group, x, x_full in self._paired_inputs(stage, part, full_part):
+        if method.gptaq:
+            full_parts = [part for _, part in self._parts(self._full_windows)]
+        for (run, part), full_part in zip(parts, full_parts, strict=True):
+            for group, x, x_full in self._paired_inputs(stage, run, part, full_part):
                 try:
                     statistics[group].add(x, x_full)
                 except NonFiniteInputs as error:
@@ -256,11 +263,11 @@ class LayerRun:
         return statistics
 
     def _paired_inputs(
-        self, stage: Stage, part: Tensor, full_part: Tensor | None
+        self, stage: Stage, run: Run, part: Tensor, full_part: Tensor | None
     ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """A batch's inputs of each group: ternarized and, row by row beside it, full precision."""
         with recorded_outputs(self._layer, self._routers) as routed:
-            inputs = stage_inputs(self._layer, stage, lambda: self._run(self._layer, part))
+            inputs = stage_inputs(self._layer, stage, lambda: run(self._layer, part))
         if self._full is None or full_part is None:
             for group, x in inputs.items():
                 yield group, x, None
@@ -268,7 +275,7 @@ class LayerRun:
         # The full-precision experts are given the same tokens as the ternarized ones.
         full, states = self._full, full_part
         with replayed_outputs(full, routed):
-            full_inputs = stage_inputs(full, stage, lambda: self._run(full, states))
+            full_inputs = stage_inputs(full, stage, lambda: run(full, states))
         for group, x in inputs.items():
             yield group, x, full_inputs[group]
 

@@ -103,13 +103,21 @@ def ternarize_checkpoint(
             )
             require_disk(work.path, needs.disk, "for the work directory")
             with deterministic(device, threads):
-                texts = _tuning_texts(checkpoint, calibration, method, work, device, reporter)
+                written = _written_text(checkpoint, calibration, method, work, device, reporter)
+                texts, further = split_texts(calibration.ids, written)
                 full_precision = ternarize_layers(
-                    skeleton, calibration.ids, texts, method, work, stored, device, reporter
+                    skeleton, texts, further, method, work, stored, device, reporter
                 )
-                if texts:
+                if work.tunes:
                     tune_grids(
-                        skeleton, texts, full_precision, method, work, stored, device, reporter
+                        skeleton,
+                        [*texts, *further],
+                        full_precision,
+                        method,
+                        work,
+                        stored,
+                        device,
+                        reporter,
                     )
     except BaseException:
         work.close()
@@ -117,24 +125,35 @@ def ternarize_checkpoint(
     return work
 
 
-def _tuning_texts(
+def _written_text(
     checkpoint: Checkpoint,
     calibration: Calibration,
     method: Method,
     work: WorkDirectory,
     device: torch.device,
     reporter: Reporter,
-) -> list[Tensor]:
-    """What the grids are tuned on, if they are."""
-    if not work.tunes:
-        return []
+) -> Tensor:
+    """What the model writes, or has written before an interruption; (windows, length) int64."""
     if method.written_windows == 0:
-        return [calibration.ids]
+        return calibration.ids[:0]
     written = work.load_written()
     if written is None:
         written = write_text(checkpoint, method.written_windows, calibration, device, reporter)
         work.save_written(written)
-    return [calibration.ids, written]
+    return written
+
+
+def split_texts(ids: Tensor, written: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What the layers are calibrated on, and what the grids are tuned on beyond that.
+
+    ids, written: (samples, length) int64. As many tokens as `ids` has are calibrated on; as many of
+    them as there are, but at most half, are written ones.
+    """
+    from_written = min(len(written), ids.numel() // 2 // written.shape[1])
+    from_ids = len(ids) - from_written * written.shape[1] // ids.shape[1]
+    texts = [ids[:from_ids], written[:from_written]]
+    further = [ids[from_ids:], written[from_written:]]
+    return [t for t in texts if len(t)], [t for t in further if len(t)]
 
 
 def make_plan(skeleton: Skeleton, keep: Keep) -> Plan:

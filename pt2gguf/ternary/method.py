@@ -30,8 +30,8 @@ class Method:
     tuning_epochs: passes over the text in which alpha and mu of the whole model are tuned on its
         logits, digits frozen; 0 leaves them as they are.
     tuning_rate: the learning rate at the start, in units of each block's alpha.
-    written_windows: windows of text that the full-precision model writes, to be tuned on together
-        with the calibration text.
+    written_windows: windows of text that the full-precision model writes, to be calibrated and
+        tuned on together with the calibration text.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Method:
     reorder_by: str = "similarity"
     tuning_epochs: int = 1
     tuning_rate: float = 1e-2
-    written_windows: int = 128
+    written_windows: int = 64
 
     def for_tensor(self, name: str) -> Method:
         """The method as it applies to the tensor `name`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pt2gguf.convert import resources, tuning
 from pt2gguf.convert.calibration import Calibration, load_calibration
 from pt2gguf.convert.progress import SilentReporter
-from pt2gguf.convert.run import ternarize_checkpoint
+from pt2gguf.convert.run import split_texts, ternarize_checkpoint
 from pt2gguf.convert.tuning import _Dense, _Grid, learning_rate
 from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, pack_digits
 from pt2gguf.convert.writing import write_text
@@ -26,7 +26,7 @@ from pt2gguf.ternary import METHODS, TernaryWeight
 CPU = torch.device("cpu")
 TUNED = replace(METHODS["default"], written_windows=12)
 SPREAD = {"initializer_range": 0.1}  # logits that differ enough to matter
-UNTUNED = replace(TUNED, tuning_epochs=0, written_windows=0)
+UNTUNED = replace(TUNED, tuning_epochs=0)
 
 
 @pytest.fixture
@@ -168,6 +168,29 @@ def test_grid_starts_where_the_ternary_weight_is() -> None:
     assert bool((grid.rounded()[0] == 0).all())
 
 
+@pytest.mark.parametrize(
+    ("shape", "written", "expected"),
+    [
+        ((128, 512), (64, 512), ([(64, 512), (64, 512)], [(64, 512)])),
+        ((128, 512), (1024, 512), ([(64, 512), (64, 512)], [(64, 512), (960, 512)])),
+        ((128, 2048), (64, 512), ([(112, 2048), (64, 512)], [(16, 2048)])),
+        ((3, 10), (1, 10), ([(2, 10), (1, 10)], [(1, 10)])),
+        ((1, 10), (5, 10), ([(1, 10)], [(5, 10)])),
+        ((4, 10), (0, 10), ([(4, 10)], [])),
+    ],
+)
+def test_texts_are_shared_out(
+    shape: tuple[int, int], written: tuple[int, int], expected: tuple[list, list]
+) -> None:
+    ids = torch.arange(shape[0] * shape[1]).view(shape)
+    own = -1 - torch.arange(written[0] * written[1]).view(written)
+    texts, further = split_texts(ids, own)
+    assert ([tuple(t.shape) for t in texts], [tuple(t.shape) for t in further]) == expected
+    together = torch.cat([t.flatten() for t in [*texts, *further]])
+    everything = torch.cat([ids.flatten(), own.flatten()])
+    assert torch.equal(together.sort().values, everything.sort().values)
+
+
 def test_learning_rate() -> None:
     rates = [learning_rate(step, 9, 0.5) for step in range(9)]
     assert rates[0] == 0.5
@@ -246,6 +269,6 @@ def test_nothing_is_written_without_need(
 
     monkeypatch.setattr("pt2gguf.convert.run.write_text", refuse)
     checkpoint = Checkpoint(save_model(tmp_path / "m", "llama"))
-    for method in (UNTUNED, replace(TUNED, written_windows=0)):
+    for method in (METHODS["paper"], replace(TUNED, written_windows=0)):
         ternarize_checkpoint(checkpoint, method, calibration, tmp_path / "w", force=True).close()
     assert not (tmp_path / "w" / "written.safetensors").exists()
