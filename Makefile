@@ -45,7 +45,9 @@ format: $(VENV)/installed ## put the code into shape
 	$(BIN)/clang-format -i $(CPP)
 
 bench: build ## measure quality and speed (needs ../shared); fills benchmarks/results/ and the README's tables
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py ../shared/models/llama-30m
+	$(BIN)/python benchmarks/quality.py ../shared/models/tiny-4m
+	$(BIN)/python benchmarks/ablation.py ../shared/models/tiny-4m
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/fidelity.py ../shared/models/llama-30m \
 	    --calibration ../shared/data/wikitext2-valid.txt --text ../shared/data/wikitext2-test.txt

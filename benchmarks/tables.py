@@ -16,28 +16,56 @@ QUALITY = REPOSITORY / "docs" / "quality.md"
 
 
 def main() -> None:
-    quality = json.loads((RESULTS / "quality-llama-30m.json").read_text())
-    ablation = [result for result in quality if "paper" in result["name"]]
-    others = [result for result in quality if result not in ablation]
-    speed = json.loads((RESULTS / "speed-llama-30m.json").read_text())
-    replace(README, "quality", quality_table(others))
-    replace(README, "speed", speed_table(speed))
-    replace(QUALITY, "ablation", quality_table(ablation))
-    fidelity = json.loads((RESULTS / "fidelity-llama-30m.json").read_text())
-    replace(QUALITY, "fidelity", fidelity_table(fidelity))
+    quality = load("quality-llama-30m")
+    replace(README, "quality", quality_table(quality, SHORT))
+    replace(QUALITY, "files", quality_table(quality))
+    for model in ("tiny-4m", "qwen3-distilled"):
+        replace(QUALITY, model, quality_table(load(f"quality-{model}")))
+    replace(README, "speed", speed_table(load("speed-llama-30m")))
+    replace(QUALITY, "fidelity", fidelity_table(load("fidelity-llama-30m")))
+    bounds = load("bounds-llama-30m")
+    replace(QUALITY, "gaussian", gaussian_table(bounds))
+    replace(QUALITY, "bounds", bounds_table(bounds))
+    replace(QUALITY, "losses", losses_table(bounds))
 
 
-def quality_table(results: Iterable[dict]) -> str:
-    rows = [
-        (
-            result["name"],
-            f"{result['bytes'] / 1e6:.2f}",
-            f"{result['perplexity']['heldout-web']:.2f}",
-            f"{result['perplexity']['wikitext2-test']:.2f}",
-        )
-        for result in results
-    ]
-    return table(("file", "MB", "heldout-web", "wikitext2-test"), rows)
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+# What the README shows: the files that others would pick, and ours.
+SHORT = (
+    *("F16", "Q2_K", "IQ2_XS", "IQ2_XXS", "IQ1_M"),
+    *("TQ1_1", "TQ1_1, --written 1024", "TQ1_1, --budget 2.67"),
+)
+
+
+def quality_table(record: dict, names: Iterable[str] = ()) -> str:
+    """The files called `names`, or all, the largest first."""
+    rows = [row | {"name": row["name"].removesuffix(".gguf")} for row in record["evaluation"]["rows"]]
+    chosen = [row for row in rows if row["name"] in (names or [row["name"]])]
+    texts = list(rows[0]["texts"])
+    heading = ["file", "MB", "bits/weight"]
+    heading += [h for text in texts for h in (f"{text}: perplexity", "KL", "same top")]
+    return table(
+        tuple(heading),
+        [
+            (
+                row["name"],
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{row['bits_per_weight']:.3f}",
+                *(cell for text in texts for cell in text_cells(row["texts"][text])),
+            )
+            for row in sorted(chosen, key=lambda row: -row["bytes"])
+        ],
+    )
+
+
+def text_cells(figures: dict) -> tuple[str, str, str]:
+    perplexity = f"{figures['llama_cpp_perplexity']:.2f}"
+    if figures["kl_divergence"] is None:
+        return perplexity, "", ""
+    return perplexity, f"{figures['kl_divergence']:.3f}", f"{figures['same_top']:.1%}"
 
 
 def speed_table(speed: dict) -> str:

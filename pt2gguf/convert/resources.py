@@ -57,6 +57,7 @@ def estimate(
     ternary: Sequence[tuple[int, int]],
     samples: int,
     length: int,
+    further_tokens: int,
     hidden_size: int,
     batch: int,
     full_precision: bool,
@@ -65,11 +66,12 @@ def estimate(
     """An estimate from above.
 
     body_parameters: those outside of decoder layers, without the head; ternary: the shapes
-    (n, m) of all matrices to ternarize; batch: samples in a forward pass; full_precision: whether
-    the full-precision model runs beside the ternary one.
+    (n, m) of all matrices to ternarize; further_tokens: that only the full-precision model reads;
+    batch: samples in a forward pass; full_precision: whether the full-precision model runs beside
+    the ternary one.
     """
     copies = 2 if full_precision else 1
-    hidden = copies * samples * length * hidden_size * FLOAT32
+    hidden = (copies * samples * length + further_tokens) * hidden_size * FLOAT32
     body = body_parameters * (FLOAT16 + FLOAT32)  # as stored, and as computed with
     widest = max((max(group) for group in layer.groups), default=hidden_size)
     forward = ACTIVATIONS * batch * length * widest * FLOAT32

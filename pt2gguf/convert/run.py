@@ -202,15 +202,17 @@ def conversion_needs(
     samples, length = calibration.ids.shape
     shapes = list(plan.ternary.values())
     on_gpu = device.type == "cuda"
+    written = method.written_windows * written_length(length)
     layers = estimate(
         layer=plan.layer,
         body_parameters=skeleton.body_parameters(),
         ternary=shapes,
         samples=samples,
         length=length,
+        further_tokens=written if method.tuning_epochs else 0,
         hidden_size=skeleton.config.hidden_size,
         batch=min(samples, batch_size(length, device)),
-        full_precision=bool(method.gptaq),
+        full_precision=bool(method.gptaq or method.tuning_epochs),
         on_gpu=on_gpu,
     )
     if not method.tuning_epochs:
@@ -221,7 +223,7 @@ def conversion_needs(
         layers=len(skeleton),
         ternary=shapes,
         other_parameters=sum(t.elements for name, t in tensors.items() if name not in plan.ternary),
-        tokens=samples * length + method.written_windows * written_length(length),
+        tokens=samples * length + written,
         step_tokens=step_size(length) * length,
         head_tokens=TOKENS_PER_HEAD,
         hidden_size=skeleton.config.hidden_size,

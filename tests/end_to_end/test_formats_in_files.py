@@ -125,7 +125,7 @@ def work(converted) -> dict[str, TernaryWeight]:
     weights: dict[str, TernaryWeight] = {}
     with WorkDirectory.open_existing(converted.work) as work:
         for index in range(CONFIG["num_hidden_layers"]):
-            weights |= work.load_layer(index).weights
+            weights |= work.final_weights(index)
     return weights
 
 
@@ -185,7 +185,7 @@ def test_metadata(converted, type_name) -> None:
     assert values["pt2.block_size"] == BLOCK_SIZE == 128
     assert values["pt2.tool_version"] == __version__
     assert values["pt2.method"] == "default"
-    assert {"itf", "aga", "ssr", "gptq", "gptaq"} <= json.loads(
+    assert {"itf", "aga", "ssr", "gptq", "gptaq", "tuning_epochs", "written_windows"} <= json.loads(
         values["pt2.method.switches"]
     ).keys()
     calibration = {k.removeprefix("pt2.calibration."): v for k, v in values.items()}

@@ -1,0 +1,90 @@
+"""`pt2gguf convert --budget` as users run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
+
+from pt2gguf.evaluation.file_weights import bits_per_weight, dequantize
+from pt2gguf.evaluation.reference_model import load_file_model, load_model
+from pt2gguf.export.llama_cpp import LlamaCpp, import_llama_cpp
+from pt2gguf.export.stock_types import bits_per_weight as bits_of_type
+from pt2gguf.export.stock_types import stored_values
+from pt2gguf.model import Checkpoint
+from pt2gguf.native.installation import Installation
+
+COMMON = ["--calibration", EXAMPLE_TEXT, "--samples", 16, "--length", 128, "--type", "tq1_1"]
+BUDGET = 2.4
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(installation: Installation) -> LlamaCpp:
+    return import_llama_cpp(installation)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("budget") / "out.gguf"
+    finished = run_pt2gguf("convert", EXAMPLE_MODEL, output, *COMMON, "--budget", BUDGET)
+    assert "stays in a stock type: --budget asks for" in finished.stdout
+    assert sorted(output.parent.iterdir()) == [output], "work directories are removed"
+    return output
+
+
+def test_the_budget_is_spent_and_kept(file: Path, llama_cpp: LlamaCpp) -> None:
+    reader = llama_cpp.gguf.GGUFReader(file)
+    matrices = [t for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
+    types = {t.tensor_type.name.lower() for t in matrices}
+    assert {"tq1_1"} < types <= {"tq1_1", "q3_k", "q4_k", "q6_k"}
+    # The orders of columns, which bits_per_weight counts, are beyond the budget: 32 bits for each
+    # column of a gate or up projection, which has 768 rows.
+    found = bits_per_weight(reader)
+    assert found <= BUDGET + 32 / 768
+    # What is left over would not have paid for making the smallest matrix larger.
+    weights = sum(int(t.n_elements) for t in matrices)
+    smallest = min(int(t.n_elements) for t in matrices)
+    step = bits_of_type("q6_k", llama_cpp.gguf) - 1.875
+    assert found >= BUDGET - step * max(smallest, 256 * 768) / weights
+
+
+def test_matrices_in_a_stock_type_are_the_checkpoints(file: Path, llama_cpp: LlamaCpp) -> None:
+    """Quantized as they were, whatever was tuned around them."""
+    gguf = llama_cpp.gguf
+    checkpoint = Checkpoint(EXAMPLE_MODEL)
+    in_file = load_file_model(checkpoint, file, llama_cpp).state_dict()
+    stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    kept = [n for n, t in stored.items() if "ffn_down" in n and t.tensor_type.name != "TQ1_1"]
+    assert kept, "down projections are among the most sensitive"
+    for name in kept:
+        checkpoint_name = f"model.layers.{name.split('.')[1]}.mlp.down_proj.weight"
+        expected = stored_values(
+            checkpoint.read(checkpoint_name), stored[name].tensor_type.name.lower(), gguf
+        )
+        assert torch.equal(in_file[checkpoint_name], expected)
+        assert torch.equal(dequantize(stored[name], gguf), expected)
+
+
+@torch.no_grad()
+def test_closer_to_full_precision_than_all_ternary(
+    file: Path, converted, llama_cpp: LlamaCpp
+) -> None:
+    checkpoint = Checkpoint(EXAMPLE_MODEL)
+    text = torch.randint(3, 4000, (4, 128), generator=torch.Generator().manual_seed(0))
+    full = load_model(checkpoint, {})(text).logits.log_softmax(-1)
+
+    def divergence(path: Path) -> float:
+        found = load_file_model(checkpoint, path, llama_cpp)(text).logits.log_softmax(-1)
+        return float((full.exp() * (full - found)).sum(-1).mean())
+
+    assert divergence(file) < divergence(converted.tq1_1)
+
+
+def test_too_small_a_budget(tmp_path: Path) -> None:
+    finished = run_pt2gguf(
+        *["convert", EXAMPLE_MODEL, tmp_path / "out.gguf", *COMMON, "--budget", 1.5], check=False
+    )
+    assert finished.returncode == 2
+    assert "--budget 1.5 is less than the 1.875 bits per weight of tq1_1" in finished.stderr
