@@ -24,9 +24,8 @@ from pt2gguf.convert.calibration import load_calibration, load_tokenizer, tokeni
 from pt2gguf.convert.machine import usable_device
 from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.evaluation.perplexity import perplexity
-from pt2gguf.evaluation.reference_model import load_model
 from pt2gguf.evaluation.report import processor
-from pt2gguf.model import Checkpoint
+from pt2gguf.model import Checkpoint, load_model
 from pt2gguf.ternary import METHODS
 
 LENGTH, WINDOWS = 512, 200

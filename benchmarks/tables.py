@@ -42,7 +42,9 @@ SHORT = (
 
 def quality_table(record: dict, names: Iterable[str] = ()) -> str:
     """The files called `names`, or all, the largest first."""
-    rows = [row | {"name": row["name"].removesuffix(".gguf")} for row in record["evaluation"]["rows"]]
+    rows = [
+        row | {"name": row["name"].removesuffix(".gguf")} for row in record["evaluation"]["rows"]
+    ]
     chosen = [row for row in rows if row["name"] in (names or [row["name"]])]
     texts = list(rows[0]["texts"])
     heading = ["file", "MB", "bits/weight"]

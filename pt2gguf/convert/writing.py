@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.resources import FLOAT32, Needs, require_memory
-from pt2gguf.model import Checkpoint
+from pt2gguf.model import Checkpoint, load_model
 
 LONGEST = 512  # tokens: what is enough to vary, and the keys and values of which fit in memory
 CACHE_BYTES = 2**33  # of keys and values at once, unless a single window needs more
@@ -49,13 +49,11 @@ def write_text(
     needed = parameters * dtype.itemsize + batch * (window_bytes + 3 * config.vocab_size * FLOAT32)
     on_gpu = device.type == "cuda"
     require_memory(
-        Needs(host=0 if on_gpu else needed, gpu=needed if on_gpu else 0, disk=0),
+        Needs(host=needed, gpu=needed if on_gpu else 0, disk=0),
         device,
         "to let the whole model write text: use --written 0 to tune on the calibration text alone",
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, config=checkpoint.config, dtype=dtype, device_map=str(device)
-    ).eval()
+    model = load_model(checkpoint, {}, dtype).to(device)
     model.generation_config = GenerationConfig(
         do_sample=True,
         top_k=0,

@@ -30,11 +30,11 @@ from pt2gguf.evaluation.llama_tools import (
     write_full_precision,
 )
 from pt2gguf.evaluation.perplexity import perplexity, window_length
-from pt2gguf.evaluation.reference_model import load_file_model, load_model
+from pt2gguf.evaluation.reference_model import load_file_model
 from pt2gguf.evaluation.report import Row, TextFigures
 from pt2gguf.evaluation.tasks import llama_cpp_lm, run_tasks, transformers_lm
 from pt2gguf.export.llama_cpp import LlamaCpp
-from pt2gguf.model import Checkpoint, Skeleton
+from pt2gguf.model import Checkpoint, Skeleton, load_model
 
 FULL_PRECISION = "F16"
 BASELINES = ("rtn", "gptq")

@@ -107,7 +107,7 @@ def test_estimate_follows_its_parts() -> None:
     assert needs.host > hidden + 2 * 4 * 10**6 + 16 * 1024**2
     assert estimate(**{**base, "samples": 256}).host - needs.host >= hidden
     assert estimate(**{**base, "full_precision": False}).host < needs.host - hidden // 2
-    assert estimate(**{**base, "further_tokens": 64 * 512}).host - needs.host == hidden // 4
+    assert estimate(**{**base, "further_tokens": 64 * 512}).host - needs.host >= hidden // 4
     on_gpu = estimate(**{**base, "on_gpu": True})
     assert on_gpu.gpu >= 2 * 4 * 10**6 + 16 * 1024**2
     assert on_gpu.disk == needs.disk

@@ -21,10 +21,9 @@ from small_models import save_model
 from pt2gguf.cli import main as pt2gguf
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.evaluation.file_weights import open_gguf, read_file_weights
-from pt2gguf.evaluation.reference_model import load_model
 from pt2gguf.export.llama_cpp import import_llama_cpp
 from pt2gguf.export.work_source import WorkSource
-from pt2gguf.model import Checkpoint
+from pt2gguf.model import Checkpoint, load_model
 
 LENGTH = 48
 AS_LLAMA_CPP: dict[str, dict[str, Any]] = {

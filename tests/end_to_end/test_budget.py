@@ -9,11 +9,11 @@ import torch
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
 
 from pt2gguf.evaluation.file_weights import bits_per_weight, dequantize
-from pt2gguf.evaluation.reference_model import load_file_model, load_model
+from pt2gguf.evaluation.reference_model import load_file_model
 from pt2gguf.export.llama_cpp import LlamaCpp, import_llama_cpp
 from pt2gguf.export.stock_types import bits_per_weight as bits_of_type
 from pt2gguf.export.stock_types import stored_values
-from pt2gguf.model import Checkpoint
+from pt2gguf.model import Checkpoint, load_model
 from pt2gguf.native.installation import Installation
 
 COMMON = ["--calibration", EXAMPLE_TEXT, "--samples", 16, "--length", 128, "--type", "tq1_1"]
@@ -56,7 +56,7 @@ def test_matrices_in_a_stock_type_are_the_checkpoints(file: Path, llama_cpp: Lla
     checkpoint = Checkpoint(EXAMPLE_MODEL)
     in_file = load_file_model(checkpoint, file, llama_cpp).state_dict()
     stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
-    kept = [n for n, t in stored.items() if "ffn_down" in n and t.tensor_type.name != "TQ1_1"]
+    kept = [n for n, t in stored.items() if "ffn_down.w" in n and t.tensor_type.name != "TQ1_1"]
     assert kept, "down projections are among the most sensitive"
     for name in kept:
         checkpoint_name = f"model.layers.{name.split('.')[1]}.mlp.down_proj.weight"

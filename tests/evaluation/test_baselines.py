@@ -17,8 +17,7 @@ from pt2gguf.evaluation.baselines import (
     gptq_weights,
     round_to_nearest,
 )
-from pt2gguf.evaluation.reference_model import load_model
-from pt2gguf.model import Checkpoint, Skeleton
+from pt2gguf.model import Checkpoint, Skeleton, load_model
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,8 @@ from pt2gguf import __version__
 from pt2gguf.cli import main as pt2gguf
 from pt2gguf.convert.calibration import load_tokenizer, tokenize
 from pt2gguf.evaluation.perplexity import perplexity
-from pt2gguf.evaluation.reference_model import load_file_model, load_model
+from pt2gguf.evaluation.reference_model import load_file_model
+from pt2gguf.model import load_model
 from pt2gguf.native import installation
 
 CONTEXT, CHUNKS = 128, 6

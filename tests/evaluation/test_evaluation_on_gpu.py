@@ -8,8 +8,7 @@ from small_models import VOCABULARY, save_model
 
 from pt2gguf.evaluation.baselines import gptq_weights
 from pt2gguf.evaluation.perplexity import perplexity
-from pt2gguf.evaluation.reference_model import load_model
-from pt2gguf.model import Checkpoint, Skeleton
+from pt2gguf.model import Checkpoint, Skeleton, load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -16,7 +16,6 @@ from pt2gguf.convert.calibration import load_tokenizer
 from pt2gguf.errors import Pt2Error
 from pt2gguf.evaluation import tasks as tasks_module
 from pt2gguf.evaluation.llama_tools import write_full_precision
-from pt2gguf.evaluation.reference_model import load_model
 from pt2gguf.evaluation.tasks import (
     PAPER_TASKS,
     llama_cpp_lm,
@@ -25,6 +24,7 @@ from pt2gguf.evaluation.tasks import (
     run_tasks,
     transformers_lm,
 )
+from pt2gguf.model import load_model
 
 CONTEXT = "Question: What falls from clouds?\nAnswer:"
 ENDS = (" rain", " a long red carpet", " a long red scarf", " a")
