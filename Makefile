@@ -52,6 +52,7 @@ bench: build ## measure quality and speed (needs ../shared); fills benchmarks/re
 	$(BIN)/python benchmarks/fidelity.py ../shared/models/llama-30m \
 	    --calibration ../shared/data/wikitext2-valid.txt --text ../shared/data/wikitext2-test.txt
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/plots.py
 
 # What pip does not bring. Root installs them, others are told.
 system:

@@ -5,8 +5,7 @@
 
 Writes a checkpoint of the shape (random weights; 13.5 GB for all of 7b), ternarizes and tunes it on
 128 x 2048 random tokens as `pt2gguf convert` does by default, and prints where the time went. With
-fewer --layers than the model has, times and memory of the whole are extrapolated: the layers are
-alike, and hidden states are what host memory is needed for.
+fewer --layers than the model has, the time of all layers is extrapolated, as they are alike.
 """
 
 from __future__ import annotations
@@ -138,9 +137,10 @@ def main() -> None:
         needs = conversion_needs(skeleton, plan, method, calibration, device)
     print(f"{options.shape}, {layers} of {whole} layers, {ids.shape[0]} x {ids.shape[1]} tokens")
     for what, spent in reporter.times.items():
-        share = " for all layers, if they are alike" if layers < whole else ""
-        print(f"  {what}: {spent:.1f} s; {spent * whole / layers:.0f} s{share}")
-    print(f"  together {seconds:.1f} s; {seconds * whole / layers:.0f} s for {whole} layers")
+        print(f"  {what}: {spent:.1f} s")
+    if layers < whole:
+        print(f"  layers, all {whole} of them: {reporter.times['layers'] * whole / layers:.0f} s")
+    print(f"  together {seconds:.1f} s")
     host = peak_memory(torch.device("cpu"))
     print(f"  peak memory: host {host / 1e9:.2f} GB (estimated {needs.host / 1e9:.2f})", end="")
     if device.type == "cuda":
