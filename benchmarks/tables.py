@@ -23,6 +23,7 @@ def main() -> None:
         replace(QUALITY, model, quality_table(load(f"quality-{model}")))
     replace(README, "speed", speed_table(load("speed-llama-30m")))
     replace(QUALITY, "fidelity", fidelity_table(load("fidelity-llama-30m")))
+    replace(QUALITY, "complexity", complexity_table(load("complexity-cpu")))
     bounds = load("bounds-llama-30m")
     replace(QUALITY, "gaussian", gaussian_table(bounds))
     replace(QUALITY, "bounds", bounds_table(bounds))
@@ -94,6 +95,20 @@ def fidelity_table(fidelity: dict) -> str:
     ]
     names = ("type", "mean KL divergence", "perplexity", "of transformers", "same top token")
     return table(names, rows)
+
+
+def complexity_table(complexity: dict) -> str:
+    """Seconds by method, shape and columns, and how often they double with the columns."""
+    rows = []
+    for method, shapes in complexity["seconds"].items():
+        for shape, by_columns in shapes.items():
+            for part in ("whole", "inverse of H", "downdating it"):
+                seconds = [parts[part] for parts in by_columns.values()]
+                growth = math.log2(seconds[-1] / seconds[-2])
+                cells = [f"{value:.3g}" for value in seconds]
+                rows.append((f"{method}, {shape}: {part}", *cells, f"{growth:.2f}"))
+    columns = next(iter(next(iter(complexity["seconds"].values())).values()))
+    return table(("seconds", *(f"m = {m}" for m in columns), "last exponent"), rows)
 
 
 def gaussian_table(bounds: dict) -> str:

@@ -53,6 +53,7 @@ def write_text(
         device,
         "to let the whole model write text: use --written 0 to tune on the calibration text alone",
     )
+    reporter.note(f"the model writes {windows} windows of {length} tokens to be calibrated on")
     model = load_model(checkpoint, {}, dtype).to(device)
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -72,7 +73,7 @@ def write_text(
         del model
         torch.cuda.empty_cache()  # what is cached counts as taken when others ask for room
     seconds = time.monotonic() - begun
-    reporter.note(f"the model has written {windows} windows of {length} tokens in {seconds:.0f} s")
+    reporter.note(f"it has written them in {seconds:.0f} s")
     return torch.cat(parts)
 
 
