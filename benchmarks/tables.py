@@ -19,8 +19,7 @@ def main() -> None:
     quality = load("quality-llama-30m")
     replace(README, "quality", quality_table(quality, SHORT))
     replace(QUALITY, "files", quality_table(quality))
-    for model in ("tiny-4m", "qwen3-distilled"):
-        replace(QUALITY, model, quality_table(load(f"quality-{model}")))
+    replace(QUALITY, "tiny-4m", quality_table(load("quality-tiny-4m")))
     replace(README, "speed", speed_table(load("speed-llama-30m")))
     replace(QUALITY, "fidelity", fidelity_table(load("fidelity-llama-30m")))
     replace(QUALITY, "complexity", complexity_table(load("complexity-cpu")))
