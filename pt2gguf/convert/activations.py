@@ -47,6 +47,17 @@ def stage_inputs(layer: nn.Module, stage: Stage, run: Callable[[], Any]) -> dict
 
 
 @contextmanager
+def hooked(layer: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within this context, the modules named in `hooks` have these forward hooks."""
+    handles = [layer.get_submodule(n).register_forward_hook(hook) for n, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def recorded_outputs(layer: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The outputs of the modules `names` in the forward passes within this context."""
     outputs: dict[str, Any] = {}
@@ -57,12 +68,8 @@ def recorded_outputs(layer: nn.Module, names: Sequence[str]) -> Iterator[dict[st
 
         return hook
 
-    handles = [layer.get_submodule(n).register_forward_hook(record(n)) for n in names]
-    try:
+    with hooked(layer, {name: record(name) for name in names}):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -72,9 +79,5 @@ def replayed_outputs(layer: nn.Module, outputs: Mapping[str, Any]) -> Iterator[N
     def replay(name: str) -> Callable[..., Any]:
         return lambda module, args, output: outputs[name]
 
-    handles = [layer.get_submodule(n).register_forward_hook(replay(n)) for n in outputs]
-    try:
+    with hooked(layer, {name: replay(name) for name in outputs}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pt2gguf.convert.activations import hooked
 from pt2gguf.model import LayerCall, Skeleton
 
 Versions = Callable[[str, Tensor], Mapping[str, Tensor]]
@@ -121,12 +122,8 @@ def _recorded(layer: nn.Module, modules: list[str]) -> Iterator[Passes]:
 
         return hook
 
-    handles = [layer.get_submodule(m).register_forward_hook(record(m)) for m in modules]
-    try:
+    with hooked(layer, {module: record(module) for module in modules}):
         yield passes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _products(changes: Mapping[str, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -22,7 +22,7 @@ from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.groups import Stored
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
-from pt2gguf.convert.workdir import PackedWeight, WorkDirectory
+from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, unpack_digits
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 from pt2gguf.ternary import Method, round_to_half
@@ -104,7 +104,7 @@ def _shuffled(texts: Sequence[Tensor], epoch: int) -> list[tuple[int, Tensor]]:
 class _TernaryModel(nn.Module):
     """The ternarized model with grids that can be learned.
 
-    Nothing else can: tuning the norms too gains nothing (docs/quality.md).
+    Nothing else can: tuning the norms too gains about 1% (docs/quality.md).
     """
 
     def __init__(
@@ -272,8 +272,7 @@ class _Dense(torch.autograd.Function):
 
 def _unpacked(packed: Tensor) -> Tensor:
     """(n, m / 4) uint8, as `pack_digits` makes it -> (n, m / 128, 128) float32 in {-1, 0, 1}."""
-    quarters = packed.view(len(packed), -1, BLOCK_SIZE // 4)
-    return torch.cat([((quarters >> 2 * k) & 3).float() for k in range(4)], dim=2) - 1
+    return unpack_digits(packed).view(len(packed), -1, BLOCK_SIZE).float()
 
 
 def _total_divergence(head: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
