@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +79,19 @@ def select_linears(
             else:
                 chosen.append(owner_name)
     return chosen, kept
+
+
+def round_kept(
+    layer: nn.Module, stored_name: Callable[[str], str], kept: Collection[str], stored: Stored
+) -> None:
+    """Give the matrices `kept` of a decoder layer the values that they will have in the file.
+
+    stored_name: from a parameter's name within the layer to its name in the checkpoint.
+    """
+    for module_name, module in layer.named_modules():
+        name = stored_name(f"{module_name}.weight")
+        if name in kept and isinstance(module, nn.Linear):
+            module.weight.copy_(stored(name, module.weight.cpu()))
 
 
 class InputGroups:

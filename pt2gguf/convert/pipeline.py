@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pt2gguf.convert.activations import recorded_outputs, replayed_outputs, stage_inputs
-from pt2gguf.convert.groups import EXPERT, Group, InputGroups, Stage, Stored, routers
+from pt2gguf.convert.groups import EXPERT, Group, InputGroups, Stage, Stored, round_kept, routers
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.workdir import Layer, WorkDirectory
 from pt2gguf.errors import Pt2Error
@@ -149,10 +150,8 @@ class LayerRun:
 
     def round_kept(self, kept: Collection[str], stored: Stored) -> None:
         """Compute with the values that the matrices `kept` will have in the file."""
-        for module_name, module in self._layer.named_modules():
-            name = self._weight_name(module_name)
-            if name in kept and isinstance(module, nn.Linear):
-                module.weight.copy_(stored(name, module.weight.cpu()))
+        stored_name = partial(self._skeleton.stored_name, self._index)
+        round_kept(self._layer, stored_name, kept, stored)
 
     def ternarize(self, kept: Mapping[str, str], method: Method, reporter: Reporter) -> Layer:
         """Ternarize every linear layer but those in `kept`, each on what those before it give."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from pt2gguf.blocks import BLOCK_SIZE
-from pt2gguf.convert.groups import Stored
+from pt2gguf.convert.groups import Stored, round_kept
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, unpack_digits
@@ -184,13 +185,10 @@ class _TernaryLayer(nn.Module):
         self._calls = calls
         self._names: list[tuple[str, str]] = []
         self._grids = nn.ModuleList()
+        round_kept(layer, partial(skeleton.stored_name, index), work.kept, stored)
         for module_name, module in layer.named_modules():
             name = skeleton.stored_name(index, f"{module_name}.weight")
-            if not isinstance(module, nn.Linear):
-                continue
-            if name in work.kept:
-                module.weight.data.copy_(stored(name, module.weight.data.cpu()))
-            elif name in weights:
+            if isinstance(module, nn.Linear) and name in weights:
                 self._names.append((name, f"{module_name}.weight"))
                 self._grids.append(_Grid(weights[name], device))
 
