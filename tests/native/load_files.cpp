@@ -1,5 +1,6 @@
 // Loads each file named on the command line, and lets the model that loads decode a few tokens.
-// Prints one line for each. Built with sanitizers: whatever a file holds, this must not crash.
+// Says one thing of each, ended by a NUL: the names in a damaged file may hold any other byte.
+// Built with sanitizers: whatever a file holds, this must not crash.
 #include "llama.h"
 
 #include <cstdio>
@@ -39,10 +40,10 @@ int main(int argc, char ** argv) {
         llama_model_params params = llama_model_default_params();
         llama_model * model = llama_model_load_from_file(argv[i], params);
         if (model) {
-            printf("%s: loads and %s\n", argv[i], decodes(model) ? "decodes" : "does not decode");
+            printf("%s: loads and %s%c", argv[i], decodes(model) ? "decodes" : "does not decode", '\0');
             llama_model_free(model);
         } else {
-            printf("%s: refused: %s\n", argv[i], errors.c_str());
+            printf("%s: refused: %s%c", argv[i], errors.c_str(), '\0');
         }
         fflush(stdout);
     }

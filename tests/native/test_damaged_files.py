@@ -91,14 +91,14 @@ class SmallFile:
 def load(*files: Path) -> list[str]:
     """What load-files says of each file; fails if it crashed."""
     assert LOADER.is_file(), f"{LOADER} is missing: 'make test' builds it"
-    finished = subprocess.run(
-        [LOADER, *files], capture_output=True, text=True, errors="replace", timeout=600
-    )
-    lines = finished.stdout.splitlines()
-    last = lines[-1] if lines else "nothing"
-    assert finished.returncode == 0, f"crashed after: {last}\n{finished.stderr[-3000:]}"
-    assert len(lines) == len(files)
-    return [line.partition(": ")[2] for line in lines]
+    finished = subprocess.run([LOADER, *files], capture_output=True, timeout=600)
+    *said, rest = finished.stdout.decode(errors="replace").split("\0")
+    last = said[-1] if said else "nothing"
+    errors = finished.stderr.decode(errors="replace")
+    assert finished.returncode == 0, f"crashed after: {last}\n{errors[-3000:]}"
+    assert not rest
+    assert len(said) == len(files)
+    return [words.partition(": ")[2] for words in said]
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES.values(), ids=lambda t: t.name)
@@ -152,11 +152,12 @@ def test_perm_of_a_stock_tensor(tmp_path, gguf):
     assert "'blk.0.attn_q.perm' permutes 'blk.0.attn_q.weight', which is of type f16" in said
 
 
-def test_perm_without_a_weight(tmp_path, gguf):
+@pytest.mark.parametrize("name", ["nothing", "no\nth\x1cing"])
+def test_perm_without_a_weight(tmp_path, gguf, name):
     file = SmallFile(gguf)
-    file.tensors["blk.0.nothing.perm"] = np.arange(HIDDEN, dtype=np.int32), None
+    file.tensors[f"blk.0.{name}.perm"] = np.arange(HIDDEN, dtype=np.int32), None
     (said,) = load(file.write(tmp_path / "orphan.gguf"))
-    assert "tensor 'blk.0.nothing.perm' permutes 'blk.0.nothing.weight', which the model" in said
+    assert f"tensor 'blk.0.{name}.perm' permutes 'blk.0.{name}.weight', which the model" in said
 
 
 def find_tensor_info(data: bytes, name: str) -> int:
