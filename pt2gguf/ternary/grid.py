@@ -66,12 +66,16 @@ def iterative_ternary_fitting(
     """
     alpha, mu, T = alpha.clone(), mu.clone(), T.clone()
     active = torch.arange(len(W), device=W.device)
+    # Of the active rows: gathering them again from W and T would be most of a round's time.
+    weights, digits = W, T
     rounds = 0
     while len(active) and rounds < MAX_ITF_ROUNDS:
-        before = T[active]
-        alpha[active], mu[active] = fit_grid(W[active], before)
-        T[active] = nearest_digits(W[active], alpha[active], mu[active])
-        active = active[(T[active] != before).any(1)]
+        fitted = fit_grid(weights, digits)
+        rounded = nearest_digits(weights, *fitted)
+        moving = (rounded != digits).any(1).nonzero().squeeze(1)
+        alpha[active], mu[active] = fitted
+        T[active] = rounded
+        active, weights, digits = active[moving], weights[moving], rounded[moving]
         rounds += 1
     return alpha, mu, T, rounds
 
