@@ -1,6 +1,6 @@
 """Time and memory of converting models of large shapes, with random weights.
 
-    python benchmarks/large.py 7b --device cuda          # all of LLaMA-7B's layers
+    python benchmarks/large.py 7b --device cuda --gpu-memory 24  # all of LLaMA-7B's layers
     python benchmarks/large.py 65b --layers 1 --device cuda
 
 Writes a checkpoint of the shape (random weights; 13.5 GB for all of 7b), ternarizes and tunes it on
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from synthetic import SHAPES, VOCABULARY
 from transformers import LlamaConfig
 
 from pt2gguf.convert.calibration import Calibration
@@ -28,13 +29,6 @@ from pt2gguf.convert.progress import ConsoleReporter, peak_memory
 from pt2gguf.convert.run import conversion_needs, make_plan, ternarize_checkpoint
 from pt2gguf.model import Checkpoint, Skeleton
 from pt2gguf.ternary import METHODS
-
-SHAPES = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32},
-    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "layers": 80, "heads": 64},
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "layers": 3, "heads": 4},
-}
-VOCABULARY = 32000
 
 
 class Timed(ConsoleReporter):
@@ -70,18 +64,20 @@ class Timed(ConsoleReporter):
 def write_checkpoint(path: Path, shape: str, layers: int, device: torch.device) -> None:
     """float16, one shard for each layer, weights as initialised before training."""
     sizes = SHAPES[shape]
-    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    width, inner = sizes.width, sizes.inner
     LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["heads"],
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.key_heads,
         max_position_embeddings=2048,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(path)
-    matrices = {f"self_attn.{n}_proj": (width, width) for n in "qkvo"}
+    key_width = width // sizes.heads * sizes.key_heads
+    matrices = {f"self_attn.{n}_proj": (width, width) for n in "qo"}
+    matrices |= {f"self_attn.{n}_proj": (key_width, width) for n in "kv"}
     matrices |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
     matrices |= {"mlp.down_proj": (width, inner)}
     norms = ("input_layernorm", "post_attention_layernorm")
@@ -110,20 +106,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="default: all of the model's")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--written", type=int, default=128)
+    parser.add_argument("--written", type=int, help="default: half of the samples, as convert's")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpu-memory", type=float, help="GB that may be taken; default: all")
     options = parser.parse_args()
     device = usable_device(options.device)
-    whole = SHAPES[options.shape]["layers"]
+    whole = SHAPES[options.shape].layers
     layers = options.layers or whole
     torch.manual_seed(0)
+    if options.gpu_memory is not None:
+        there = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(options.gpu_memory * 1e9 / there, device)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         write_checkpoint(path / "model", options.shape, layers, device)
         torch.cuda.empty_cache()
         ids = torch.randint(3, VOCABULARY, (options.samples, options.length))
         calibration = Calibration(ids, {"seed": 0})
-        method = dataclasses.replace(METHODS["default"], written_windows=options.written)
+        written = options.samples // 2 if options.written is None else options.written
+        method = dataclasses.replace(METHODS["default"], written_windows=written)
         reporter = Timed(device)
         begun = time.monotonic()
         checkpoint = Checkpoint(path / "model")
