@@ -50,11 +50,11 @@ def new_model(teacher: LlamaForCausalLM) -> Qwen3ForCausalLM:
     """A Qwen3 model with fresh weights; only its embeddings start from the teacher's head."""
     config = Qwen3Config(
         vocab_size=teacher.config.vocab_size,
-        hidden_size=384,
-        intermediate_size=1152,  # rows of every matrix are multiples of 128
+        hidden_size=512,
+        intermediate_size=1536,  # rows are multiples of 256, which llama.cpp's K-quants need
         num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         head_dim=64,
         max_position_embeddings=teacher.config.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
