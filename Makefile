@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-CPP    := $(shell git ls-files 'ggml_patches/src/*.[ch]' 'ggml_patches/src/*.cpp' 'tests/*.c' 'tests/*.cpp')
+CPP    := $(shell git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 # cmake and ninja are packages of the environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -12,15 +12,15 @@ export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build sanitized lint format bench system clean
+.PHONY: help demo test build sanitized lint format bench bench-cpu system cross clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: build ## convert the example model, let it talk, and compare its speed and size
 	$(BIN)/python examples/demo.py --output build/demo
 
-test: lint build sanitized ## check everything
+test: lint build sanitized cross ## check everything
 	$(BIN)/python -m pytest
 
 build: system $(VENV)/installed ## build the patched llama.cpp into build/ and put it into .venv
@@ -48,17 +48,25 @@ bench: build ## measure quality and speed (needs ../shared); fills benchmarks/re
 	$(BIN)/python benchmarks/quality.py ../shared/models/llama-30m
 	$(BIN)/python benchmarks/quality.py ../shared/models/tiny-4m
 	$(BIN)/python benchmarks/ablation.py ../shared/models/tiny-4m
-	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/fidelity.py ../shared/models/llama-30m \
 	    --calibration ../shared/data/wikitext2-valid.txt --text ../shared/data/wikitext2-test.txt
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plots.py
+
+bench-cpu: build ## measure the CPU kernels on models with random weights; fills benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/cpu.py
 
 # What pip does not bring. Root installs them, others are told.
 system:
 	@{ command -v c++ && command -v git && $(PYTHON) -c 'import ensurepip'; } >/dev/null 2>&1 || { \
 	    test "$$(id -u)" = 0 && apt-get update -q && apt-get install -qy g++ git python3-venv; } || { \
 	    echo "needed: apt-get install g++ git python3-venv" >&2; exit 1; }
+
+# To run the NEON kernels; their tests are left out where these are missing.
+cross:
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null 2>&1 || { \
+	    test "$$(id -u)" = 0 && apt-get update -q && apt-get install -qy g++-aarch64-linux-gnu qemu-user; } || \
+	    echo "without g++-aarch64-linux-gnu and qemu-user the NEON kernels are not tested" >&2
 
 # PyTorch first and at one version: where pip has its CPU build, that is taken, and what needs
 # "torch" does not bring gigabytes of CUDA packages.

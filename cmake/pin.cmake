@@ -7,4 +7,4 @@ set(PT2_PIN_COMMIT  "0c1e57098")
 
 # Digest of the sources that the hooks leave alone (pt2_tree_digest), to recognise the pin in a
 # tree of the user's own.
-set(PT2_PIN_DIGEST  "2502825cfe9d986d545b8669e0bdcc6edea5b0ed749c7459f54da0b5c0f948de")
+set(PT2_PIN_DIGEST  "8220b7790d9138bf334248cc143a250fb1f5964f53f9b7a024b9e20f5af0fd72")

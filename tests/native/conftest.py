@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from instruction_sets import INSTRUCTION_SETS, LIBRARIES, PATCHES, compile_options, runs_here
+from instruction_sets import (
+    INSTRUCTION_SETS,
+    PATCHES,
+    header_options,
+    library_options,
+    runs_here,
+)
 
+from pt2gguf.blocks import BLOCK_TYPES
 from pt2gguf.native.installation import Installation, find_installation
 
 
@@ -26,10 +34,17 @@ def ggml(installation: Installation) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Kernels:
-    """pt2-cpu.c for one instruction set."""
+    """pt2-cpu.c and pt2-panel.cpp for one instruction set."""
 
     name: str
     library: ctypes.CDLL
+    slots: dict[str, int]
+    """enum ggml_type by the type's name."""
+
+
+def slot_of(ggml: ctypes.CDLL, type_name: str) -> int:
+    """The enum ggml_type of a type that this build has."""
+    return next(i for i in itertools.count() if ggml.ggml_type_name(i) == type_name.encode())
 
 
 @pytest.fixture(scope="session", params=["host", *INSTRUCTION_SETS])
@@ -41,14 +56,18 @@ def kernels(
 ) -> Kernels:
     """The kernels as the build made them ("host"), and for each instruction set."""
     name: str = request.param
+    ggml.ggml_type_name.restype = ctypes.c_char_p
+    slots = {name: slot_of(ggml, name) for name in BLOCK_TYPES}
     host = ctypes.CDLL(str(Path(installation.bin) / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
     host.ggml_cpu_init()  # fills the float16 table that the plain version reads
     if name == "host":
-        return Kernels(name, host)
+        return Kernels(name, host, slots)
     if not runs_here(name):
         pytest.skip(f"this CPU has no {name}")
     library = tmp_path_factory.mktemp("kernels") / f"libpt2-{name}.so"
-    command = ["cc", "-O3", "-shared", "-fPIC", *INSTRUCTION_SETS[name][0]]
-    command += [*compile_options(installation), PATCHES / "ggml-cpu" / "pt2-cpu.c", *LIBRARIES]
+    # -Bsymbolic: else the functions of libggml-cpu.so, which have the same names, would be called.
+    command = ["cc", "-O3", "-shared", "-fPIC", "-Wl,-Bsymbolic", *INSTRUCTION_SETS[name][0]]
+    command += [*header_options(installation), PATCHES / "ggml-cpu" / "pt2-cpu.c"]
+    command += [PATCHES / "ggml-cpu" / "pt2-panel.cpp", *library_options(installation)]
     subprocess.run([*command, "-o", library], check=True)
-    return Kernels(name, ctypes.CDLL(str(library)))
+    return Kernels(name, ctypes.CDLL(str(library)), slots)

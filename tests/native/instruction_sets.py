@@ -16,6 +16,13 @@ INSTRUCTION_SETS: dict[str, tuple[list[str], set[str]]] = {
 }
 """By name: what the compiler may use, and the flags of CPUs that can run it."""
 
+AARCH64: dict[str, list[str]] = {
+    "plain": [],
+    "dotprod": ["-march=armv8.2-a+dotprod"],
+    "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+"""By name: what the cross compiler may use."""
+
 
 def runs_here(name: str) -> bool:
     """Whether this CPU has the instruction set."""
@@ -25,13 +32,27 @@ def runs_here(name: str) -> bool:
     return not INSTRUCTION_SETS[name][1]
 
 
-def compile_options(installation: Installation) -> list[str]:
-    """For the C compiler: where headers and the built libraries are."""
+def header_options(installation: Installation) -> list[str]:
+    """For the compiler: where headers are."""
     ggml = Path(installation.source) / "ggml"
     includes = [ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu"]
     includes += [PATCHES / "ggml", PATCHES / "ggml-cpu"]
-    options = ["-std=gnu11", *(f"-I{include}" for include in includes)]
-    return [*options, f"-L{installation.bin}", f"-Wl,-rpath,{installation.bin}"]
+    return [f"-I{include}" for include in includes]
 
 
-LIBRARIES = ["-lggml-cpu", "-lggml-base", "-lm"]
+def library_options(installation: Installation) -> list[str]:
+    """For the compiler, after the sources: the built libraries."""
+    paths = [f"-L{installation.bin}", f"-Wl,-rpath,{installation.bin}"]
+    return [*paths, "-lggml", "-lggml-cpu", "-lggml-base", "-lm"]
+
+
+DRIVER_SOURCES = [
+    PATCHES / "ggml" / "ggml-pt2.c",
+    PATCHES / "ggml-cpu" / "pt2-cpu.c",
+    PATCHES / "ggml-cpu" / "pt2-panel.cpp",
+    Path(__file__).with_name("run_kernels.c"),
+]
+"""Of the program that runs the kernels by itself."""
+
+# Without what the kernels do not use of ggml-pt2.c, these sources need no library of ggml's.
+DRIVER_OPTIONS = ["-ffunction-sections", "-Wl,--gc-sections"]

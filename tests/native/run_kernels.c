@@ -1,15 +1,31 @@
-// Runs every function of pt2-cpu.c and ggml-pt2.c on heap buffers of exactly the size that it may
-// touch, and checks what it computed. Built with sanitizers, so that reading past a row aborts.
-#include "ggml-cpu.h"
+// Runs every function of pt2-panel.cpp, pt2-cpu.c and ggml-pt2.c on buffers of exactly the size that it
+// may touch, and checks what it computed. Built with sanitizers, or for another processor: then
+// pages that may not be touched follow the buffers.
+#include "ggml-impl.h"
 #include "ggml-pt2.h"
 #include "ggml.h"
 #include "pt2-cpu.h"
+#include "pt2-panel.h"
 
 #include <math.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+
+// What the kernels need of ggml's libraries, which a cross compiler does not have.
+float ggml_table_f32_f16[1 << 16];
+
+const char * ggml_type_name(enum ggml_type type) {
+    return type == GGML_TYPE_TQ1_1 ? "tq1_1" : "tq2_1";
+}
+
+static void fill_float16_table(void) {
+    for (int i = 0; i < 1 << 16; ++i) {
+        ggml_table_f32_f16[i] = GGML_COMPUTE_FP16_TO_FP32((ggml_fp16_t) i);
+    }
+}
 
 typedef void (*vec_dot)(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 
@@ -20,7 +36,6 @@ typedef struct {
     void (*from_float)(const float * x, void * y, int64_t k);
     void (*to_float)(const void * x, float * y, int64_t k);
     vec_dot dot;
-    vec_dot dot_generic;
 } weight_type;
 
 static void tq1_1_to_float(const void * x, float * y, int64_t k) {
@@ -32,10 +47,10 @@ static void tq2_1_to_float(const void * x, float * y, int64_t k) {
 }
 
 static const weight_type TYPES[] = {
-    { GGML_TYPE_TQ1_1, sizeof(block_tq1_1), quantize_tq1_1, quantize_row_tq1_1, tq1_1_to_float, ggml_vec_dot_tq1_1_q8_t,
-      ggml_vec_dot_tq1_1_q8_t_generic },
-    { GGML_TYPE_TQ2_1, sizeof(block_tq2_1), quantize_tq2_1, quantize_row_tq2_1, tq2_1_to_float, ggml_vec_dot_tq2_1_q8_t,
-      ggml_vec_dot_tq2_1_q8_t_generic },
+    { GGML_TYPE_TQ1_1, sizeof(block_tq1_1), quantize_tq1_1, quantize_row_tq1_1, tq1_1_to_float,
+      ggml_vec_dot_tq1_1_q8_t },
+    { GGML_TYPE_TQ2_1, sizeof(block_tq2_1), quantize_tq2_1, quantize_row_tq2_1, tq2_1_to_float,
+      ggml_vec_dot_tq2_1_q8_t },
 };
 
 static const int LENGTHS[] = { 128, 256, 384, 640, 1152, 4224, 17920 };
@@ -49,10 +64,19 @@ static void check(bool holds, const char * what, int n) {
     }
 }
 
-// A buffer that ends where the heap block ends. shift: bytes between the block's start, which
-// malloc aligns, and the buffer; the block is lost, the process being short.
+// A buffer that ends where memory that may be touched ends. shift: bytes by which it misses the
+// alignment of 64. It is never freed, the process being short.
 static void * exact(size_t size, size_t shift) {
+#if defined(__SANITIZE_ADDRESS__)
     return (char *) malloc(size + shift) + shift;
+#else
+    enum { PAGE = 65536 }; // or a part of it
+    const size_t room = (size + shift + PAGE - 1) / PAGE * PAGE;
+    char * memory = mmap(NULL, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    check(memory != MAP_FAILED && mprotect(memory + room, PAGE, PROT_NONE) == 0, "mmap", (int) size);
+    GGML_UNUSED(shift); // the end counts, and sizes are seldom multiples of the alignment
+    return memory + room - size;
+#endif
 }
 
 static float noise(void) {
@@ -78,60 +102,147 @@ static int32_t * shuffled_columns(int n) {
     return perm;
 }
 
-// The activations, their quantization and what it stands for.
+// Rows of weights whose absolute values are at most 1.
 typedef struct {
-    float * x;
-    block_q8_t * q;
-} activations;
+    const weight_type * type;
+    int n;
+    size_t row_size;
+    char * packed;
+    float * fitted;
+} weights;
 
-static float restored(const block_q8_t * q, int i) {
-    return q[i / QK_PT2].d[i % QK_PT2 / 32] * q[i / QK_PT2].qs[i % QK_PT2];
+static weights make_weights(const weight_type * type, int rows, int n, size_t shift) {
+    const int blocks = n / QK_PT2;
+    // Rows need not follow each other without a gap, but the last one has none.
+    const size_t used = blocks * type->block_size;
+    const size_t row_size = used + 3 * shift;
+    weights w = { type, n, row_size, exact((rows - 1) * row_size + used, shift), exact(rows * n * sizeof(float), 0) };
+    for (int r = 0; r < rows; ++r) {
+        const float * x = noise_row(n);
+        type->from_float(x, w.packed + r * row_size, n);
+        type->to_float(w.packed + r * row_size, w.fitted + r * n, n);
+        double error = 0, total = 0;
+        for (int i = 0; i < n; ++i) {
+            const double difference = x[i] - w.fitted[r * n + i];
+            error += difference * difference;
+            total += x[i] * x[i];
+        }
+        // Three levels for values that are uniform in -1..1 leave a ninth of their energy.
+        check(error < 0.15 * total, "quantize_row", n);
+    }
+    return w;
 }
 
-static activations make_activations(int n) {
-    const size_t size = n / QK_PT2 * sizeof(block_q8_t);
-    const activations a = { noise_row(n), exact(size, 0) };
-    quantize_row_q8_t(a.x, a.q, n);
-    for (int i = 0; i < n; ++i) {
-        check(fabsf(restored(a.q, i) - a.x[i]) <= 0.51f / 127, "quantize_row_q8_t", n);
+static void check_panel(const weights * w, const block_panel * panel, int rows) {
+    for (int b = 0; b < w->n / QK_PT2; ++b) {
+        for (int r = 0; r < PT2_PANEL_ROWS; ++r) {
+            const float alpha = GGML_COMPUTE_FP16_TO_FP32(panel[b].alpha[r]);
+            const float mu = GGML_COMPUTE_FP16_TO_FP32(panel[b].mu[r]);
+            for (int j = 0; j < QK_PT2; ++j) {
+                const int u = panel[b].qs[j % 32 / 4][r][j % 4] >> 2 * (j / 32) & 3;
+                const float value = r < rows ? w->fitted[r * w->n + b * QK_PT2 + j] : 0;
+                // alpha * t + mu is rounded once or twice
+                const bool holds = fabsf(alpha * (u - 1) + mu - value) <= 0x1p-23f * (fabsf(alpha) + fabsf(mu));
+                check(holds && (r < rows || u == 0), "pt2_panel_from_rows", w->n);
+            }
+        }
     }
-    block_q8_t * generic = exact(size, 0);
-    quantize_row_q8_t_generic(a.x, generic, n);
-
-    const int32_t * perm = shuffled_columns(n);
-    block_q8_t * gathered = exact(size, 0);
-    quantize_row_q8_t_gathered(a.x, perm, gathered, n);
-    for (int i = 0; i < n; ++i) {
-        check(restored(generic, i) == restored(a.q, i), "quantize_row_q8_t_generic", n);
-        check(fabsf(restored(gathered, i) - a.x[perm[i]]) <= 0.51f / 127, "quantize_row_q8_t_gathered", n);
-    }
-    return a;
 }
 
-static void check_dot(const weight_type * type, int n, size_t shift) {
-    const size_t row_size = n / QK_PT2 * type->block_size;
-    const activations a = make_activations(n);
-    const float * w = noise_row(n);
-    void * packed = exact(row_size, shift);
-    type->from_float(w, packed, n);
+static double restored(const block_q8_t * q, int i) {
+    return (double) q[i / QK_PT2].d[i % QK_PT2 / 32] * q[i / QK_PT2].qs[i % QK_PT2];
+}
 
-    float * fitted = exact(n * sizeof(float), 0);
-    type->to_float(packed, fitted, n);
-    double expected = 0, magnitude = 0, error = 0, total = 0;
+static block_q8_t * make_activations(const float * x, int n) {
+    block_q8_t * q = exact(n / QK_PT2 * sizeof(block_q8_t), 0);
+    quantize_row_q8_t(x, q, n);
     for (int i = 0; i < n; ++i) {
-        expected += (double) fitted[i] * restored(a.q, i);
-        magnitude += 4 * fabs(restored(a.q, i)); // |u|*|alpha| + |mu - alpha| for weights within 1
-        error += (w[i] - fitted[i]) * (w[i] - fitted[i]);
-        total += w[i] * w[i];
+        check(fabs(restored(q, i) - x[i]) <= 0.51 / 127, "quantize_row_q8_t", n);
     }
-    // Three levels for values that are uniform in -1..1 leave a ninth of their energy.
-    check(error < 0.15 * total, "quantize_row", n);
-    const double tolerance = (n / QK_PT2 + 14) * magnitude / (1 << 24);
-    float * s = exact(sizeof(float), 0);
-    type->dot(n, s, 0, packed, 0, a.q, 0, 1);
-    check(fabs(*s - expected) <= tolerance, "vec_dot", n);
-    type->dot_generic(n, s, 0, packed, 0, a.q, 0, 1);
-    check(fabs(*s - expected) <= tolerance, "vec_dot_generic", n);
+    return q;
+}
+
+// All that is between float rows and their products, for n columns.
+static void check_products(const weights * w, const block_panel * panel, int rows, int columns, size_t shift) {
+    const int n = w->n;
+    const int blocks = n / QK_PT2;
+    const int32_t * perm = shift ? shuffled_columns(n) : NULL;
+    const float * x[PT2_TILE_COLUMNS_MAX];
+    float * out[PT2_TILE_COLUMNS_MAX];
+    for (int i = 0; i < columns; ++i) {
+        x[i] = noise_row(n);
+        out[i] = exact(rows * sizeof(float), 0);
+    }
+    char * tile = exact(pt2_tile_size(columns, blocks), 2 * shift);
+    pt2_tile_quantize(x, perm, columns, 0, blocks / 2, tile);
+    pt2_tile_quantize(x, perm, columns, blocks / 2, blocks, tile);
+    pt2_panel_dot(panel, tile, columns, blocks, rows, out);
+
+    for (int i = 0; i < columns; ++i) {
+        float * gathered = exact(n * sizeof(float), 0);
+        for (int j = 0; j < n; ++j) {
+            gathered[j] = x[i][perm ? perm[j] : j];
+        }
+        const block_q8_t * q = make_activations(gathered, n);
+        double magnitude = 0;
+        for (int j = 0; j < n; ++j) {
+            magnitude += 4 * fabs(restored(q, j)); // |u|*|alpha| + |mu - alpha| for weights within 1
+        }
+        for (int r = 0; r < rows; ++r) {
+            double expected = 0;
+            for (int j = 0; j < n; ++j) {
+                expected += w->fitted[r * n + j] * restored(q, j);
+            }
+            // See test_kernels.py.
+            const double tolerance = (2 * blocks + 40) * magnitude * 0x1p-24;
+            check(fabs(out[i][r] - expected) <= tolerance, "pt2_panel_dot", n);
+            float * s = exact(sizeof(float), 0);
+            w->type->dot(n, s, 0, w->packed + r * w->row_size, 0, q, 0, 1);
+            check(fabs(*s - expected) <= tolerance, "vec_dot", n);
+        }
+    }
+}
+
+static void check_kernels(const weight_type * type, int n, int rows, size_t shift) {
+    const weights w = make_weights(type, rows, n, shift);
+    block_panel * panel = exact(n / QK_PT2 * sizeof(block_panel), shift);
+    memset(panel, 0xA5, n / QK_PT2 * sizeof(block_panel));
+    pt2_panel_from_rows(type->type, w.packed, w.row_size, rows, n / QK_PT2, panel);
+    check_panel(&w, panel, rows);
+    for (int columns = 1; columns <= pt2_tile_columns(); ++columns) {
+        check_products(&w, panel, rows, columns, shift);
+    }
+}
+
+// Sums as large as they get, which must be exact: no instruction may saturate.
+static void check_extreme_sums(int digit, float activation) {
+    enum { BLOCKS = 140 };
+    block_tq2_1 * row = exact(BLOCKS * sizeof(block_tq2_1), 0);
+    for (int b = 0; b < BLOCKS; ++b) {
+        row[b].alpha = row[b].mu = GGML_COMPUTE_FP32_TO_FP16(1);
+        memset(row[b].qs, 0x55 * digit, sizeof(row[b].qs));
+    }
+    block_panel * panel = exact(BLOCKS * sizeof(block_panel), 0);
+    pt2_panel_from_rows(GGML_TYPE_TQ2_1, row, 0, PT2_PANEL_ROWS, BLOCKS, panel); // the same row 32 times
+    float * x = exact(BLOCKS * QK_PT2 * sizeof(float), 0);
+    for (int i = 0; i < BLOCKS * QK_PT2; ++i) {
+        x[i] = activation;
+    }
+    for (int columns = 1; columns <= pt2_tile_columns(); ++columns) {
+        const float * xs[PT2_TILE_COLUMNS_MAX];
+        float * out[PT2_TILE_COLUMNS_MAX];
+        for (int i = 0; i < columns; ++i) {
+            xs[i] = x;
+            out[i] = exact(PT2_PANEL_ROWS * sizeof(float), 0);
+        }
+        void * tile = exact(pt2_tile_size(columns, BLOCKS), 0);
+        pt2_tile_quantize(xs, NULL, columns, 0, BLOCKS, tile);
+        pt2_panel_dot(panel, tile, columns, BLOCKS, PT2_PANEL_ROWS, out);
+        for (int i = 0; i < columns * PT2_PANEL_ROWS; ++i) {
+            const float result = out[i / PT2_PANEL_ROWS][i % PT2_PANEL_ROWS];
+            check(result == digit * activation * QK_PT2 * BLOCKS, "an extreme sum", BLOCKS * QK_PT2);
+        }
+    }
 }
 
 // Quantization of rows with importances, whatever they hold.
@@ -163,45 +274,67 @@ static void check_any_bytes(const weight_type * type, int n) {
     for (size_t i = 0; i < row_size; ++i) {
         packed[i] = rand() >> 8;
     }
-    const activations a = make_activations(n);
+    const float * x = noise_row(n);
+    const block_q8_t * q = make_activations(x, n);
     float * fitted = exact(n * sizeof(float), 0);
     float * s = exact(sizeof(float), 0);
     type->to_float(packed, fitted, n);
-    type->dot(n, s, 0, packed, 0, a.q, 0, 1);
-    type->dot_generic(n, s, 0, packed, 0, a.q, 0, 1);
+    type->dot(n, s, 0, packed, 0, q, 0, 1);
+    block_panel * panel = exact(n / QK_PT2 * sizeof(block_panel), 0);
+    pt2_panel_from_rows(type->type, packed, row_size, 1, n / QK_PT2, panel);
+    void * tile = exact(pt2_tile_size(1, n / QK_PT2), 0);
+    pt2_tile_quantize(&x, NULL, 1, 0, n / QK_PT2, tile);
+    pt2_panel_dot(panel, tile, 1, n / QK_PT2, 1, &s);
     ggml_pt2_validate_row(type->type, packed, row_size);
 }
 
+// Values that have no grid: then it is enough not to crash. The others have the reference's scales.
 static void check_extreme_activations(void) {
-    const float values[] = { 0.0f, 1e-45f, 1e-38f, 3.4e38f, INFINITY, -INFINITY, NAN };
+    const float values[] = { 0.0f, -0.0f, 1e-45f, 1e-38f, 1e-36f, 3e-36f, 1e38f, 3.4e38f, INFINITY, -INFINITY, NAN };
     float * x = exact(QK_PT2 * sizeof(float), 0);
     block_q8_t * q = exact(sizeof(block_q8_t), 0);
+    block_q8_t * tile = exact(pt2_tile_size(1, 1), 0); // a column is a block but for its scales' units
     for (size_t v = 0; v < COUNT(values); ++v) {
         for (int i = 0; i < QK_PT2; ++i) {
             x[i] = i % 3 ? values[v] : noise();
         }
         quantize_row_q8_t(x, q, QK_PT2);
-        quantize_row_q8_t_generic(x, q, QK_PT2);
+        const float * xs[] = { x };
+        pt2_tile_quantize(xs, NULL, 1, 0, 1, tile);
+        if (isfinite(values[v])) {
+            check(memcmp(tile->qs, q->qs, sizeof(q->qs)) == 0, "pt2_tile_quantize", QK_PT2);
+        }
     }
 }
 
 int main(int argc, char ** argv) {
-    ggml_cpu_init(); // fills the float16 table that the plain version reads
+    fill_float16_table();
     if (argc == 2 && strcmp(argv[1], "overrun") == 0) {
-        // One block more than there is: shows that the sanitizer sees such a read.
-        const activations a = make_activations(QK_PT2);
-        float s;
-        block_tq2_1 * one_block = exact(sizeof(block_tq2_1), 0);
-        memset(one_block, 0, sizeof(block_tq2_1));
-        ggml_vec_dot_tq2_1_q8_t(2 * QK_PT2, &s, 0, one_block, 0, a.q, 0, 1);
+        // One block more than there is: shows that such a read is seen.
+        const float * x = noise_row(2 * QK_PT2);
+        char tile[2 * sizeof(block_q8_t)];
+        float * out = exact(PT2_PANEL_ROWS * sizeof(float), 0);
+        pt2_tile_quantize(&x, NULL, 1, 0, 2, tile);
+        block_panel * one_block = exact(sizeof(block_panel), 0);
+        memset(one_block, 0, sizeof(block_panel));
+        pt2_panel_dot(one_block, tile, 1, 2, PT2_PANEL_ROWS, &out);
         return 0;
     }
     check_extreme_activations();
+    for (int digit = 0; digit < 3; ++digit) {
+        check_extreme_sums(digit, 127);
+        check_extreme_sums(digit, -127);
+    }
     for (size_t t = 0; t < COUNT(TYPES); ++t) {
         for (size_t i = 0; i < COUNT(LENGTHS); ++i) {
-            check_dot(&TYPES[t], LENGTHS[i], 0);
-            check_dot(&TYPES[t], LENGTHS[i], 2); // what the blocks' own alignment allows
+            // Few of the long rows: what could go wrong there is counting blocks.
+            const int most = LENGTHS[i] > 2000 ? 5 : PT2_PANEL_ROWS;
+            check_kernels(&TYPES[t], LENGTHS[i], 1 + rand() % most, 0);
+            check_kernels(&TYPES[t], LENGTHS[i], most, 2); // what the blocks' own alignment allows
             check_any_bytes(&TYPES[t], LENGTHS[i]);
+        }
+        for (int rows = 1; rows < PT2_PANEL_ROWS; ++rows) {
+            check_kernels(&TYPES[t], QK_PT2, rows, 2);
         }
         const float scales[] = { 0, 1e-45f, 1, 65504, 1e30f, 3e38f, INFINITY, NAN };
         for (size_t i = 0; i < COUNT(scales); ++i) {

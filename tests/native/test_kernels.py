@@ -9,50 +9,109 @@ import pytest
 
 from pt2gguf.blocks import BLOCK_SIZE, TQ1_1, TQ2_1, BlockType
 
-BLOCK_TYPES = pytest.mark.parametrize("block_type", [TQ1_1, TQ2_1], ids=lambda t: t.name)
+ALL_BLOCK_TYPES = pytest.mark.parametrize("block_type", [TQ1_1, TQ2_1], ids=lambda t: t.name)
 LENGTHS = pytest.mark.parametrize("blocks", [1, 2, 3, 5, 16, 33, 140])
 GROUP = 32
+ROWS = 32  # of a panel
 Q8_T = np.dtype(
     [("qs", np.int8, BLOCK_SIZE), ("d", np.float32, BLOCK_SIZE // GROUP), ("sum", np.float32)]
 )
+PANEL = np.dtype([("alpha", "<f2", ROWS), ("mu", "<f2", ROWS), ("qs", np.uint8, (8, ROWS, 4))])
+EPSILON = 2.0**-24  # what float32 rounds off, of a number's absolute value
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def tile_dtype(n: int) -> np.dtype:
+    """A block of a tile of n columns."""
+    return np.dtype(
+        [("qs", np.int8, (4, 8, n, 4)), ("d", np.float32, (4, n)), ("sum", np.float32, n)]
+    )
 
 
 def address(array: np.ndarray) -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
-def quantize_activations(kernels, x: np.ndarray, suffix: str = "") -> np.ndarray:
+def addresses(arrays: list[np.ndarray]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(arrays))(*[a.ctypes.data for a in arrays])
+
+
+def quantize_activations(kernels, x: np.ndarray) -> np.ndarray:
     blocks = np.empty(x.size // BLOCK_SIZE, dtype=Q8_T)
-    quantize = getattr(kernels.library, f"quantize_row_q8_t{suffix}")
-    quantize(address(x), address(blocks), ctypes.c_int64(x.size))
+    kernels.library.quantize_row_q8_t(address(x), address(blocks), ctypes.c_int64(x.size))
     return blocks
 
 
-def dot(
-    kernels, block_type: BlockType, packed: np.ndarray, q: np.ndarray, suffix: str = ""
-) -> float:
+def plain_dot(kernels, block_type: BlockType, packed: np.ndarray, q: np.ndarray) -> float:
     result = np.empty(1, dtype=np.float32)
-    vec_dot = getattr(kernels.library, f"ggml_vec_dot_{block_type.name}_q8_t{suffix}")
-    vec_dot.argtypes = [
-        ctypes.c_int,
-        *[ctypes.c_void_p, ctypes.c_size_t] * 3,
-        ctypes.c_int,
-    ]
-    n = q.size * BLOCK_SIZE
-    vec_dot(n, address(result), 0, address(packed), 0, address(q), 0, 1)
+    vec_dot = getattr(kernels.library, f"ggml_vec_dot_{block_type.name}_q8_t")
+    vec_dot.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_size_t] * 3, ctypes.c_int]
+    vec_dot(q.size * BLOCK_SIZE, address(result), 0, address(packed), 0, address(q), 0, 1)
     return float(result[0])
 
 
-def exact_dot(block_type: BlockType, packed: np.ndarray, q: np.ndarray) -> tuple[float, float]:
-    """The float64 result, and the sum of the absolute values of its terms."""
-    alpha, mu, digits = block_type.unpack(packed[None])
-    t = digits.reshape(-1, BLOCK_SIZE).astype(np.float64)
-    weights = alpha[0][:, None].astype(np.float64) * t + mu[0][:, None].astype(np.float64)
-    x = restore(q)
-    # The kernels add alpha*u and (mu - alpha) separately, so these terms are what rounds.
-    a, m = np.abs(alpha[0]).astype(np.float64), np.abs(mu[0]).astype(np.float64)
-    magnitude = ((2 * a + (a + m))[:, None] * np.abs(x)).sum()
-    return float((weights * x).sum()), float(magnitude)
+def make_panel(kernels, block_type: BlockType, data: np.ndarray, rows: int, blocks: int):
+    """(rows, row_size) bytes, of which the row fills the first -> (blocks,) PANEL."""
+    panel = np.full(blocks * PANEL.itemsize, 0xA5, dtype=np.uint8)
+    kernels.library.pt2_panel_from_rows(
+        kernels.slots[block_type.name],
+        address(data),
+        ctypes.c_size_t(data.strides[0]),
+        rows,
+        ctypes.c_int64(blocks),
+        address(panel),
+    )
+    return panel.view(PANEL)
+
+
+def tile_columns(kernels) -> range:
+    """The numbers of columns that tiles have."""
+    most = kernels.library.pt2_tile_columns()
+    assert 1 <= most <= 4
+    return range(1, most + 1)
+
+
+def quantize_tile(
+    kernels, x: list[np.ndarray], tile: np.ndarray, perm: np.ndarray | None = None, blocks=None
+) -> None:
+    first, last = blocks or (0, tile.size)
+    kernels.library.pt2_tile_quantize(
+        addresses(x),
+        None if perm is None else address(perm),
+        len(x),
+        ctypes.c_int64(first),
+        ctypes.c_int64(last),
+        address(tile),
+    )
+
+
+def make_tile(kernels, x: list[np.ndarray], perm: np.ndarray | None = None) -> np.ndarray:
+    tile = np.zeros(x[0].size // BLOCK_SIZE, dtype=tile_dtype(len(x)))
+    size = kernels.library.pt2_tile_size
+    size.restype = ctypes.c_size_t
+    assert size(len(x), ctypes.c_int64(tile.size)) == tile.nbytes
+    quantize_tile(kernels, x, tile, perm)
+    return tile
+
+
+def column(tile: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Column i of a tile: q (blocks, 128), d (blocks, 4), sum (blocks,)."""
+    return (
+        tile["qs"][..., i, :].reshape(tile.size, BLOCK_SIZE),
+        tile["d"][..., i],
+        tile["sum"][..., i],
+    )
+
+
+def panel_dot(kernels, panel: np.ndarray, tile: np.ndarray, n: int, rows: int, blocks: int):
+    """(n, rows) float32; nothing else is written."""
+    places = [np.full(ROWS + 8, np.nan, dtype=np.float32) for _ in range(n)]
+    kernels.library.pt2_panel_dot(
+        address(panel), address(tile), n, ctypes.c_int64(blocks), rows, addresses(places)
+    )
+    assert all(np.isnan(place[rows:]).all() for place in places), "wrote beyond the rows"
+    return np.array([place[:rows] for place in places])
 
 
 def restore(q: np.ndarray) -> np.ndarray:
@@ -60,126 +119,286 @@ def restore(q: np.ndarray) -> np.ndarray:
     return np.repeat(q["d"].astype(np.float64), GROUP, axis=1) * q["qs"]
 
 
-def assert_same_integers(a: np.ndarray, b: np.ndarray) -> None:
-    """All but the sums, whose products the compiler may fuse with the additions."""
-    assert a["qs"].tobytes() == b["qs"].tobytes()
-    assert a["d"].tobytes() == b["d"].tobytes()
+def exact_products(
+    block_type: BlockType, packed: np.ndarray, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows times x in float64, and the sum of the absolute values of what is added."""
+    alpha, mu, digits = (a.astype(np.float64) for a in block_type.unpack(packed))
+    weights = alpha[..., None] * digits.reshape(*alpha.shape, BLOCK_SIZE) + mu[..., None]
+    # The kernels add alpha*u and (mu - alpha) separately, so these terms are what rounds.
+    a, m = np.abs(alpha), np.abs(mu)
+    magnitude = ((2 * a + (a + m))[..., None] * np.abs(x)).sum((1, 2))
+    return (weights * x).sum((1, 2)), magnitude
 
 
-def unit_block(qs) -> np.ndarray:
-    """Activations that are the integers qs themselves."""
-    q = np.zeros(1, dtype=Q8_T)
-    q["qs"], q["d"] = qs, 1
-    q["sum"] = q["qs"].sum(dtype=np.int32)
-    return q
+def dot_tolerance(blocks: int) -> float:
+    """What panels and tiles may be off, as a share of the sum of absolute values.
+
+    Integer sums are exact. The activations' sum is rounded at most 36 times (one product, and
+    one addition for each of the 32 numbers in a lane, then between the lanes), a group's product 6
+    times (one itself, four additions, alpha), and both once by each of two additions for every
+    block.
+    """
+    return (2 * blocks + 40) * EPSILON
 
 
-def random_row(rng: np.random.Generator, block_type: BlockType, blocks: int) -> np.ndarray:
-    alpha = rng.standard_normal((1, blocks)).astype(np.float16)
-    mu = rng.standard_normal((1, blocks)).astype(np.float16)
-    digits = rng.integers(-1, 2, (1, blocks * BLOCK_SIZE), dtype=np.int8)
-    return block_type.pack(alpha, mu, digits)[0]
+def random_rows(
+    rng: np.random.Generator, block_type: BlockType, rows: int, blocks: int
+) -> np.ndarray:
+    alpha = rng.standard_normal((rows, blocks)).astype(np.float16)
+    mu = rng.standard_normal((rows, blocks)).astype(np.float16)
+    digits = rng.integers(-1, 2, (rows, blocks * BLOCK_SIZE), dtype=np.int8)
+    return block_type.pack(alpha, mu, digits)
 
 
-@BLOCK_TYPES
+def unit_rows(block_type: BlockType, digits: np.ndarray) -> np.ndarray:
+    """alpha = 1, mu = 1 makes a product the plain integer sum(u*q), which float32 holds."""
+    one = np.ones((len(digits), digits.shape[1] // BLOCK_SIZE), dtype=np.float16)
+    return block_type.pack(one, one, digits)
+
+
+def integer_activations(rng: np.random.Generator, blocks: int) -> np.ndarray:
+    """Integers that are quantized to themselves, with a scale of 1."""
+    x = rng.integers(-127, 128, blocks * BLOCK_SIZE)
+    x[::GROUP] = rng.choice([-127, 127], x[::GROUP].shape)
+    return x.astype(np.float32)
+
+
+def shifted(array: np.ndarray, by: int) -> np.ndarray:
+    """A copy, at an address that has no more alignment than `by` gives it."""
+    place = np.empty(array.nbytes + 64 + by, dtype=np.uint8)
+    start = -place.ctypes.data % 64 + by
+    copy = place[start : start + array.nbytes]
+    copy[:] = array.view(np.uint8)
+    return copy
+
+
+# Panels -------------------------------------------------------------------------------------------
+
+
+@ALL_BLOCK_TYPES
+@pytest.mark.parametrize("extra", [0, 2, 7 * 30 * 36])
+def test_layout_of_panels(kernels, block_type, extra):
+    rng = np.random.default_rng()
+    blocks = 3
+    for rows in range(1, ROWS + 1):
+        packed = random_rows(rng, block_type, rows, blocks)
+        data = rng.integers(0, 256, (rows, packed.shape[1] + extra), dtype=np.uint8)
+        data[:, : packed.shape[1]] = packed
+        alpha, mu, digits = block_type.unpack(packed)
+        expected = np.zeros(blocks, dtype=PANEL)
+        expected["alpha"][:, :rows], expected["mu"][:, :rows] = alpha.T, mu.T
+        u = (digits + 1).astype(np.uint8).reshape(rows, blocks, 4, 8, 4)
+        for k in range(4):
+            expected["qs"][:, :, :rows] |= u[:, :, k].transpose(1, 2, 0, 3) << 2 * k
+        panel = make_panel(kernels, block_type, data, rows, blocks)
+        assert panel.tobytes() == expected.tobytes()
+
+
+@ALL_BLOCK_TYPES
+def test_panels_of_rows_at_odd_addresses(kernels, block_type):
+    rng = np.random.default_rng()
+    packed = random_rows(rng, block_type, ROWS, 2)
+    data = shifted(packed.ravel(), 2).reshape(packed.shape)
+    expected = make_panel(kernels, block_type, packed, ROWS, 2)
+    assert make_panel(kernels, block_type, data, ROWS, 2).tobytes() == expected.tobytes()
+
+
+def test_every_base3_code_in_every_byte(kernels):
+    value = (np.arange(243)[:, None] + 7 * np.arange(26)) % 243  # (blocks, bytes)
+    digits = value[..., None] // 3 ** np.arange(4, -1, -1) % 3  # (blocks, bytes, digits)
+    u = np.concatenate(
+        [
+            digits[:, :24].transpose(0, 2, 1).reshape(243, 120),
+            digits[:, 24:, :4].transpose(0, 2, 1).reshape(243, 8),
+        ],
+        axis=1,
+    ).astype(np.uint8)
+    packed = unit_rows(TQ1_1, u.reshape(1, -1).astype(np.int8) - np.int8(1))
+    panel = make_panel(kernels, TQ1_1, packed, 1, 243)
+    planes = np.stack([panel["qs"][:, :, 0] >> 2 * k & 3 for k in range(4)], axis=1)
+    assert (planes.reshape(243, BLOCK_SIZE) == u).all()
+
+
+# Activations --------------------------------------------------------------------------------------
+
+
+def scaled_activations(rng: np.random.Generator, blocks: int) -> np.ndarray:
+    """Normal, with another scale in each group."""
+    scale = np.exp(4 * rng.standard_normal(4 * blocks)).astype(np.float32)
+    return (rng.standard_normal((4 * blocks, GROUP), np.float32) * scale[:, None]).ravel()
+
+
+def assert_column_is(tile: np.ndarray, i: int, expected: np.ndarray) -> None:
+    """Column i of the tile is `expected`, Q8_T blocks, but for the rounding of the sums."""
+    q, d, total = column(tile, i)
+    assert (q == expected["qs"]).all()
+    # Instruction sets that leave digits in place make up for their 4^k in the scales: for no plane,
+    # for every other one, or for all.
+    factors = [np.float32(4) ** -np.array(k, np.float32) for k in ((0,) * 4, (0, 1) * 2, range(4))]
+    assert d.tobytes() in [(expected["d"] * factor).tobytes() for factor in factors]
+    x = restore(expected)
+    magnitude = np.abs(x).sum(1)
+    held = magnitude < FLOAT32_MAX  # else partial sums overflow
+    # One product and 32 additions in a lane, then those between lanes; each rounds its part.
+    error = np.abs(total[held] - x.sum(1)[held])
+    assert (error <= 36 * EPSILON * magnitude[held] + 36 * 2.0**-150).all()
+
+
 @LENGTHS
-def test_dot_against_float64(kernels, block_type, blocks):
-    rng = np.random.default_rng()
-    for _ in range(10):
-        packed = random_row(rng, block_type, blocks)
-        q = quantize_activations(kernels, rng.standard_normal(blocks * BLOCK_SIZE, np.float32))
-        expected, magnitude = exact_dot(block_type, packed, q)
-        # Integer sums are exact. A term is rounded at most 8 times within its block (the offset,
-        # the activations' sum of four groups, scales, products) and once by each of the blocks + 6
-        # additions after that, by 2^-24 of its absolute value each time.
-        tolerance = (blocks + 14) * 2.0**-24 * magnitude
-        assert abs(dot(kernels, block_type, packed, q) - expected) <= tolerance
-        assert abs(dot(kernels, block_type, packed, q, "_generic") - expected) <= tolerance
-
-
-@BLOCK_TYPES
-def test_integer_part_is_exact(kernels, block_type):
-    """alpha = 1, mu = 1 makes the result the plain integer sum(u*q), which float32 holds."""
-    rng = np.random.default_rng()
-    digits = rng.integers(-1, 2, (1, BLOCK_SIZE), dtype=np.int8)
-    one = np.ones((1, 1), dtype=np.float16)
-    packed = block_type.pack(one, one, digits)[0]
-    q = unit_block(rng.integers(-127, 128, BLOCK_SIZE))
-    expected = int(((digits[0] + 1).astype(np.int32) * q["qs"][0]).sum())
-    assert dot(kernels, block_type, packed, q) == expected
-    assert dot(kernels, block_type, packed, q, "_generic") == expected
-
-
-@BLOCK_TYPES
-@pytest.mark.parametrize("digit", [-1, 0, 1])
-@pytest.mark.parametrize("activation", [-127, 127])
-def test_extreme_sums_do_not_saturate(kernels, block_type, digit, activation):
-    one = np.ones((1, 1), dtype=np.float16)
-    packed = block_type.pack(one, one, np.full((1, BLOCK_SIZE), digit, dtype=np.int8))[0]
-    q = unit_block(activation)
-    assert dot(kernels, block_type, packed, q) == (digit + 1) * activation * BLOCK_SIZE
-
-
-def test_every_base3_code_is_read_right(kernels):
-    """The digit arithmetic of the vectorised kernels, for all codes in all bytes."""
-    rng = np.random.default_rng()
-    one = np.ones((1, 1), dtype=np.float16)
-    for value in range(243):
-        code = (value // 3 ** np.arange(4, -1, -1) % 3).astype(np.int8) - 1
-        digits = np.empty((1, BLOCK_SIZE), dtype=np.int8)
-        digits[0, :120] = np.repeat(code, 24)
-        digits[0, 120:] = np.repeat(code[:4], 2)
-        q = unit_block(rng.integers(-127, 128, BLOCK_SIZE))
-        expected = int(((digits[0] + 1).astype(np.int32) * q["qs"][0]).sum())
-        assert dot(kernels, TQ1_1, TQ1_1.pack(one, one, digits)[0], q) == expected
-
-
-@BLOCK_TYPES
-def test_unaligned_buffers(kernels, block_type):
-    rng = np.random.default_rng()
-    packed = random_row(rng, block_type, 4)
-    q = quantize_activations(kernels, rng.standard_normal(4 * BLOCK_SIZE, np.float32))
-    expected = dot(kernels, block_type, packed, q)
-    shifted = np.empty(packed.nbytes + 2, dtype=np.uint8)[2:]
-    shifted[:] = packed
-    assert dot(kernels, block_type, shifted, q) == expected
-
-
-@LENGTHS
-def test_activations_are_quantized_bit_for_bit_alike(kernels, blocks):
-    rng = np.random.default_rng()
-    scale = np.exp(4 * rng.standard_normal(blocks)).astype(np.float32)
-    x = (rng.standard_normal((blocks, BLOCK_SIZE)).astype(np.float32) * scale[:, None]).ravel()
+def test_reference_quantization(kernels, blocks):
+    x = scaled_activations(np.random.default_rng(), blocks)
     q = quantize_activations(kernels, x)
-    assert_same_integers(q, quantize_activations(kernels, x, "_generic"))
     # Nearest of 127 steps: half a step, and the float32 rounding of x/d (at most 127).
     step = np.repeat(q["d"].astype(np.float64), GROUP, axis=1)
     error = np.abs(restore(q) - x.reshape(blocks, -1))
-    assert (error <= step * (0.5 + 127 * 3 * 2.0**-24)).all()
-    np.testing.assert_allclose(
-        q["sum"], restore(q).sum(1), rtol=0, atol=4 * 2.0**-24 * np.abs(restore(q)).sum(1).max()
-    )
+    assert (error <= step * (0.5 + 127 * 3 * EPSILON)).all()
+    # Four products with integers, and their additions.
+    assert (np.abs(q["sum"] - restore(q).sum(1)) <= 5 * EPSILON * np.abs(restore(q)).sum(1)).all()
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e-40, -3e-39, 3e38, -3.4e38])
-def test_extreme_activations(kernels, value):
-    x = np.full(BLOCK_SIZE, value, dtype=np.float32)
-    x[::2] *= np.float32(0.5)
-    host, plain = (quantize_activations(kernels, x, suffix) for suffix in ("", "_generic"))
-    assert_same_integers(host, plain)
-    assert np.isfinite(host["d"]).all()
-    if abs(value) > 2.0**-119:  # else d or its inverse is not a normal float32
-        assert np.abs(restore(host)[0] - x).max() <= host["d"].max() * 0.501
-
-
-def test_gathering_is_quantizing_the_permuted_row(kernels):
+@LENGTHS
+def test_tiles_hold_what_the_reference_gives(kernels, blocks):
     rng = np.random.default_rng()
-    for blocks in (1, 3, 8):
-        x = rng.standard_normal(blocks * BLOCK_SIZE, np.float32)
-        perm = rng.permutation(x.size).astype(np.int32)
-        gathered = np.empty(blocks, dtype=Q8_T)
-        kernels.library.quantize_row_q8_t_gathered(
-            address(x), address(perm), address(gathered), ctypes.c_int64(x.size)
-        )
-        expected = quantize_activations(kernels, np.ascontiguousarray(x[perm]))
-        assert gathered.tobytes() == expected.tobytes()
+    for n in tile_columns(kernels):
+        x = [scaled_activations(rng, blocks) for _ in range(n)]
+        tile = make_tile(kernels, x)
+        for i in range(n):
+            assert_column_is(tile, i, quantize_activations(kernels, x[i]))
+
+
+def test_only_the_blocks_of_the_range_are_written(kernels):
+    rng = np.random.default_rng()
+    for n in tile_columns(kernels):
+        x = [scaled_activations(rng, 5) for _ in range(n)]
+        whole = make_tile(kernels, x)
+        for first, last in [(0, 0), (0, 1), (1, 3), (4, 5), (5, 5), (0, 5)]:
+            tile = np.full(whole.nbytes, 0x5A, dtype=np.uint8).view(whole.dtype)
+            expected = tile.copy()
+            expected[first:last] = whole[first:last]
+            quantize_tile(kernels, x, tile, blocks=(first, last))
+            assert tile.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_permuting_is_quantizing_the_permuted_row(kernels, blocks):
+    rng = np.random.default_rng()
+    for n in tile_columns(kernels):
+        x = [scaled_activations(rng, blocks) for _ in range(n)]
+        perm = rng.permutation(x[0].size).astype(np.int32)
+        expected = make_tile(kernels, [np.ascontiguousarray(column[perm]) for column in x])
+        assert make_tile(kernels, x, perm).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 1e-45, 1e-40, -3e-39, 1e-36, 1.6e-36, -3e-35, 1e38, 3e38, -3.4e38]
+)
+@pytest.mark.parametrize("other", [0.5, 1, -1])
+def test_extreme_activations(kernels, value, other):
+    x = np.full(BLOCK_SIZE, value, dtype=np.float32)
+    x[1::2] *= np.float32(other)
+    reference = quantize_activations(kernels, x)
+    assert np.isfinite(reference["d"]).all()
+    if abs(value) >= 127 * 2.0**-126 * 1.01:  # else d is not a normal float32
+        assert np.abs(restore(reference)[0] - x).max() <= reference["d"].max() * 0.501
+    else:
+        assert not reference["qs"].any()
+        assert not reference["d"].any()
+    for n in tile_columns(kernels):
+        tile = make_tile(kernels, [x] * n)
+        for i in range(n):
+            assert_column_is(tile, i, reference)
+
+
+# Products -----------------------------------------------------------------------------------------
+
+
+@ALL_BLOCK_TYPES
+@LENGTHS
+def test_products_against_float64(kernels, block_type, blocks):
+    rng = np.random.default_rng()
+    packed = random_rows(rng, block_type, ROWS, blocks)
+    panel = make_panel(kernels, block_type, packed, ROWS, blocks)
+    for n in tile_columns(kernels):
+        x = [scaled_activations(rng, blocks) for _ in range(n)]
+        results = panel_dot(kernels, panel, make_tile(kernels, x), n, ROWS, blocks)
+        for i in range(n):
+            q = quantize_activations(kernels, x[i])
+            expected, magnitude = exact_products(block_type, packed, restore(q))
+            assert (np.abs(results[i] - expected) <= dot_tolerance(blocks) * magnitude).all()
+            plain = np.array([plain_dot(kernels, block_type, row, q) for row in packed])
+            # A term is rounded at most 8 times within its block, and by blocks + 6 additions.
+            assert (np.abs(plain - expected) <= (blocks + 14) * EPSILON * magnitude).all()
+
+
+@ALL_BLOCK_TYPES
+def test_integers_are_exact(kernels, block_type):
+    rng = np.random.default_rng()
+    blocks = 33
+    digits = rng.integers(-1, 2, (ROWS, blocks * BLOCK_SIZE), dtype=np.int8)
+    packed = unit_rows(block_type, digits)
+    panel = make_panel(kernels, block_type, packed, ROWS, blocks)
+    for n in tile_columns(kernels):
+        x = [integer_activations(rng, blocks) for _ in range(n)]
+        results = panel_dot(kernels, panel, make_tile(kernels, x), n, ROWS, blocks)
+        expected = np.array(x).astype(np.int64) @ (digits + 1).astype(np.int64).T
+        assert (results == expected).all()
+        for i in range(n):
+            q = quantize_activations(kernels, x[i])
+            plain = [plain_dot(kernels, block_type, row, q) for row in packed]
+            assert (plain == expected[i]).all()
+
+
+@ALL_BLOCK_TYPES
+@pytest.mark.parametrize("activation", [-127, 127])
+def test_extreme_sums_do_not_saturate(kernels, block_type, activation):
+    """Rows of digits 0, of 1 and of 2 only."""
+    blocks = 140
+    digits = np.repeat(np.arange(ROWS, dtype=np.int8)[:, None] % 3 - 1, blocks * BLOCK_SIZE, axis=1)
+    panel = make_panel(kernels, block_type, unit_rows(block_type, digits), ROWS, blocks)
+    for n in tile_columns(kernels):
+        x = [np.full(blocks * BLOCK_SIZE, activation, dtype=np.float32)] * n
+        results = panel_dot(kernels, panel, make_tile(kernels, x), n, ROWS, blocks)
+        assert (results == (digits[:, 0] + 1).astype(int) * activation * BLOCK_SIZE * blocks).all()
+
+
+@ALL_BLOCK_TYPES
+@pytest.mark.parametrize(("alpha", "mu"), [(65504, -65504), (6e-8, 6e-8), (-65504, 6e-8), (0, 0)])
+def test_extreme_scales(kernels, block_type, alpha, mu):
+    rng = np.random.default_rng()
+    scales = (np.full((ROWS, 2), scale, dtype=np.float16) for scale in (alpha, mu))
+    digits = rng.integers(-1, 2, (ROWS, 2 * BLOCK_SIZE), dtype=np.int8)
+    packed = block_type.pack(*scales, digits)
+    panel = make_panel(kernels, block_type, packed, ROWS, 2)
+    x = scaled_activations(rng, 2)
+    results = panel_dot(kernels, panel, make_tile(kernels, [x]), 1, ROWS, 2)
+    q = quantize_activations(kernels, x)
+    expected, magnitude = exact_products(block_type, packed, restore(q))
+    assert (np.abs(results[0] - expected) <= dot_tolerance(2) * magnitude).all()
+
+
+def test_some_of_a_panels_rows(kernels):
+    rng = np.random.default_rng()
+    panel = make_panel(kernels, TQ2_1, random_rows(rng, TQ2_1, ROWS, 2), ROWS, 2)
+    for n in tile_columns(kernels):
+        tile = make_tile(kernels, [scaled_activations(rng, 2) for _ in range(n)])
+        expected = panel_dot(kernels, panel, tile, n, ROWS, 2)
+        for rows in range(1, ROWS):
+            results = panel_dot(kernels, panel, tile, n, rows, 2)
+            assert results.tobytes() == expected[:, :rows].tobytes()
+
+
+def test_panels_and_tiles_need_no_alignment(kernels):
+    """Beyond that of their elements."""
+    rng = np.random.default_rng()
+    panel = make_panel(kernels, TQ2_1, random_rows(rng, TQ2_1, ROWS, 3), ROWS, 3)
+    for n in tile_columns(kernels):
+        x = [scaled_activations(rng, 3) for _ in range(n)]
+        tile = make_tile(kernels, x)
+        place = shifted(tile, 4)
+        place[:] = 0
+        quantize_tile(kernels, [shifted(c, 4) for c in x], place.view(tile.dtype))
+        assert place.tobytes() == tile.tobytes()
+        expected = panel_dot(kernels, panel, tile, n, ROWS, 3)
+        results = panel_dot(kernels, shifted(panel, 2), place, n, ROWS, 3)
+        assert results.tobytes() == expected.tobytes()

@@ -40,7 +40,7 @@ def stock_ggml() -> Path:
             root = archive.next().name.partition("/")[0]
             prefix = f"{root}/vendor/llama.cpp/ggml/"
             members = [m for m in archive.getmembers() if m.name.startswith(prefix)]
-            archive.extractall(directory, members, filter="data")
+            archive.extractall(directory, members)
         # On its own, ggml wants a file that the sdist leaves out.
         (directory / "CMakeLists.txt").write_text(
             "cmake_minimum_required(VERSION 3.24)\nproject(stock C CXX)\n"

@@ -1,4 +1,5 @@
-// CPU kernels of the ternary types: activations to Q8_T and dot products with them.
+// Activations of the ternary types in 8 bits (Q8_T), and plain dot products with them: the reference of
+// the kernels in pt2-panel.h.
 #pragma once
 
 #include "ggml-pt2.h"
@@ -15,16 +16,6 @@ void ggml_vec_dot_tq1_1_q8_t(int n, float * s, size_t bs, const void * vx, size_
                              int nrc);
 void ggml_vec_dot_tq2_1_q8_t(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
                              int nrc);
-
-// quantize_row_q8_t of x[perm[0]], ..., x[perm[k-1]]: the column permutation without a pass of its own.
-void quantize_row_q8_t_gathered(const float * x, const int32_t * perm, void * y, int64_t k);
-
-// The same functions in plain C, which the vectorised ones are tested against.
-void quantize_row_q8_t_generic(const float * x, void * y, int64_t k);
-void ggml_vec_dot_tq1_1_q8_t_generic(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,
-                                     size_t by, int nrc);
-void ggml_vec_dot_tq2_1_q8_t_generic(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,
-                                     size_t by, int nrc);
 
 #ifdef __cplusplus
 }

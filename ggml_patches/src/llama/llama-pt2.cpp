@@ -5,8 +5,10 @@
 #include "llama-impl.h"
 #include "llama-model-loader.h"
 
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 void llama_pt2_check_version(const gguf_context * metadata) {
@@ -88,8 +90,9 @@ void llama_pt2_perms::create(llama_model_loader & ml) {
     }
 }
 
-void llama_pt2_perms::check_data() const {
-    for (const auto & [weight, perm] : perm_of) {
+void llama_pt2_perms::data_loaded() {
+    std::map<std::pair<ggml_backend_buffer_type_t, std::vector<int32_t>>, ggml_tensor *> known;
+    for (auto & [weight, perm] : perm_of) {
         std::vector<int32_t> data(perm->ne[0]);
         ggml_backend_tensor_get(perm, data.data(), 0, ggml_nbytes(perm));
         std::vector<bool> seen(data.size(), false);
@@ -102,6 +105,8 @@ void llama_pt2_perms::check_data() const {
             }
             seen[data[j]] = true;
         }
+        const ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(perm->buffer);
+        perm = known.emplace(std::pair(buft, std::move(data)), perm).first->second;
     }
 }
 

@@ -25,8 +25,9 @@ public:
     // the weights were created and before their data is loaded; throws on a tensor that does not fit.
     void create(llama_model_loader & ml);
 
-    // Throws on a perm tensor that is not a permutation. To be called after the data was loaded.
-    void check_data() const;
+    // To be called after the data was loaded. Throws on a perm tensor that is not a permutation. Equal ones in the same
+    // kind of buffer become one, as those of gate and up mostly are: backends see that these can share activations.
+    void data_loaded();
 
     // Gives a new MUL_MAT or MUL_MAT_ID node the permutation of its weight, if it has one.
     void apply(ggml_tensor * node) const;

@@ -1,0 +1,355 @@
+// See pt2-panel.h. With u = t + 1 the stored digit, and x = d*q the activations in groups of 32:
+//     sum(w*x) = alpha * sum over groups of (d * sum(u*q)) + (mu - alpha) * sum(x)
+// The integer sums are exact, so the instruction sets differ only by the order in which floats are
+// added.
+#include "pt2-panel.h"
+
+#include "pt2-simd.h"
+
+#include <assert.h>
+#include <float.h>
+
+#include <algorithm>
+#include <type_traits>
+
+namespace {
+
+constexpr int PLANES = 4; // of digits in a byte, each as long as a group of activations
+constexpr int STEPS = 8;  // in a plane, of four columns each
+
+template <int n> struct tile_block {
+    int8_t qs[PLANES][STEPS][n][4];
+    float d[PLANES][n]; // times PLANE_SCALE
+    float sum[n];
+};
+
+constexpr int TILE_COLUMNS = std::min(SUMS, PT2_TILE_COLUMNS_MAX);
+
+// Calls function(std::integral_constant<int, n>()) for the n that is given at run time.
+template <int n = TILE_COLUMNS, typename F> void with_columns(int columns, const F & function) {
+    if constexpr (n > 1) {
+        if (columns < n) {
+            return with_columns<n - 1>(columns, function);
+        }
+    }
+    assert(columns == n);
+    function(std::integral_constant<int, n>());
+}
+
+// Multiplication -----------------------------------------------------------------------------------
+
+// How many registers of rows are multiplied with n columns at a time: so many that their sums, of which there are
+// three kinds, fit the registers. A single column takes a panel at once, as it has little else to keep.
+template <int n> constexpr int vectors_for() {
+    const int panel = PT2_PANEL_ROWS / LANES;
+    return n == 1 ? panel : std::clamp(SUMS / n, 1, panel);
+}
+
+constexpr size_t LINE = 64;
+
+inline void prefetch(const void * data, size_t begin, size_t end) {
+#if defined(__GNUC__)
+    for (size_t at = begin; at < end; at += LINE) {
+        __builtin_prefetch((const char *) data + at);
+    }
+#else
+    (void) data;
+    (void) begin;
+    (void) end;
+#endif
+}
+
+// Weights come from memory once for each token that is decoded. What processors prefetch by themselves gave half of
+// the bandwidth that this distance gives; it leads into the next panel where there is one.
+constexpr int PREFETCH_BLOCKS = 8;
+
+// Lines of the block that far ahead, a share for each plane.
+inline void prefetch_ahead(const block_panel * panel, int plane) {
+    constexpr size_t SHARE = (sizeof(*panel) / LINE + PLANES - 1) / PLANES * LINE;
+    prefetch(panel + PREFETCH_BLOCKS, plane * SHARE, std::min((plane + 1) * SHARE, sizeof(*panel)));
+}
+
+// products[v][i] = the digits of plane k in the rows first_row + v * LANES, ... times those columns of column i.
+template <int vectors, int n>
+inline void multiply_plane(const block_panel * panel, int first_row, int k, const tile_block<n> * tile,
+                           sums (&products)[vectors][n]) {
+    UNROLL for (int v = 0; v < vectors; ++v) {
+        UNROLL for (int i = 0; i < n; ++i) {
+            products[v][i] = no_sums();
+        }
+    }
+    UNROLL for (int s = 0; s < STEPS; ++s) {
+        bytes u[vectors];
+        UNROLL for (int v = 0; v < vectors; ++v) {
+            u[v] = digits(panel->qs[s][first_row + v * LANES], k);
+        }
+        UNROLL for (int i = 0; i < n; ++i) {
+            const bytes q = four_activations(tile->qs[k][s][i]);
+            UNROLL for (int v = 0; v < vectors; ++v) {
+                products[v][i] = dot(products[v][i], u[v], q);
+            }
+        }
+    }
+}
+
+#if defined(__ARM_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+
+// Two steps at a time: vmmlaq multiplies two rows of eight digits with two columns of eight activations.
+template <int vectors>
+inline void multiply_plane(const block_panel * panel, int first_row, int k, const tile_block<4> * tile,
+                           sums (&products)[vectors][4]) {
+    sums rows01[vectors][2], rows23[vectors][2]; // times columns 0 and 1, 2 and 3
+    UNROLL for (int v = 0; v < vectors; ++v) {
+        UNROLL for (int pair = 0; pair < 2; ++pair) {
+            rows01[v][pair] = rows23[v][pair] = no_sums();
+        }
+    }
+    UNROLL for (int s = 0; s < STEPS; s += 2) {
+        const int32x4_t q0 = vreinterpretq_s32_s8(vld1q_s8(tile->qs[k][s][0]));
+        const int32x4_t q1 = vreinterpretq_s32_s8(vld1q_s8(tile->qs[k][s + 1][0]));
+        const int8x16_t columns[2] = { vreinterpretq_s8_s32(vzip1q_s32(q0, q1)),
+                                       vreinterpretq_s8_s32(vzip2q_s32(q0, q1)) };
+        UNROLL for (int v = 0; v < vectors; ++v) {
+            const int32x4_t u0 = vreinterpretq_s32_s8(digits(panel->qs[s][first_row + v * LANES], k));
+            const int32x4_t u1 = vreinterpretq_s32_s8(digits(panel->qs[s + 1][first_row + v * LANES], k));
+            const int8x16_t u01 = vreinterpretq_s8_s32(vzip1q_s32(u0, u1));
+            const int8x16_t u23 = vreinterpretq_s8_s32(vzip2q_s32(u0, u1));
+            UNROLL for (int pair = 0; pair < 2; ++pair) {
+                rows01[v][pair] = vmmlaq_s32(rows01[v][pair], u01, columns[pair]);
+                rows23[v][pair] = vmmlaq_s32(rows23[v][pair], u23, columns[pair]);
+            }
+        }
+    }
+    UNROLL for (int v = 0; v < vectors; ++v) {
+        UNROLL for (int pair = 0; pair < 2; ++pair) {
+            products[v][2 * pair] = vuzp1q_s32(rows01[v][pair], rows23[v][pair]);
+            products[v][2 * pair + 1] = vuzp2q_s32(rows01[v][pair], rows23[v][pair]);
+        }
+    }
+}
+
+#endif
+
+// result[v][i] = the rows first_row + v * LANES, ... of the panel times column i.
+template <int vectors, int n>
+void dot_vectors(const block_panel * panel, int first_row, const tile_block<n> * tile, int64_t blocks,
+                 floats (&result)[vectors][n]) {
+    floats total[vectors][n];
+    UNROLL for (int v = 0; v < vectors; ++v) {
+        UNROLL for (int i = 0; i < n; ++i) {
+            total[v][i] = broadcast(0);
+        }
+    }
+    for (int64_t b = 0; b < blocks; ++b, ++panel, ++tile) {
+        floats scaled[vectors][n];
+        UNROLL for (int v = 0; v < vectors; ++v) {
+            UNROLL for (int i = 0; i < n; ++i) {
+                scaled[v][i] = broadcast(0);
+            }
+        }
+        UNROLL for (int k = 0; k < PLANES; ++k) {
+            FORGET(panel);
+            FORGET(tile);
+            prefetch_ahead(panel, k);
+            sums products[vectors][n];
+            multiply_plane(panel, first_row, k, tile, products);
+            UNROLL for (int i = 0; i < n; ++i) {
+                const floats d = broadcast(tile->d[k][i]);
+                UNROLL for (int v = 0; v < vectors; ++v) {
+                    scaled[v][i] = multiply_add(to_float(products[v][i]), d, scaled[v][i]);
+                }
+            }
+        }
+        UNROLL for (int v = 0; v < vectors; ++v) {
+            const int row = first_row + v * LANES;
+            const floats alpha = from_half(panel->alpha + row);
+            const floats offset = multiply_add(alpha, broadcast(-1), from_half(panel->mu + row));
+            UNROLL for (int i = 0; i < n; ++i) {
+                total[v][i] = multiply_add(alpha, scaled[v][i], total[v][i]);
+                total[v][i] = multiply_add(offset, broadcast(tile->sum[i]), total[v][i]);
+            }
+        }
+    }
+    UNROLL for (int v = 0; v < vectors; ++v) {
+        UNROLL for (int i = 0; i < n; ++i) {
+            result[v][i] = total[v][i];
+        }
+    }
+}
+
+// The panel's first `rows` rows.
+template <int n>
+void dot_panel(const block_panel * panel, const tile_block<n> * tile, int64_t blocks, int rows, float * const * out) {
+    constexpr int vectors = vectors_for<n>();
+    static_assert(PT2_PANEL_ROWS % (vectors * LANES) == 0, "a panel takes whole rounds");
+    for (int first_row = 0; first_row < rows; first_row += vectors * LANES) {
+        floats result[vectors][n];
+        if constexpr (vectors * LANES == PT2_PANEL_ROWS) { // a constant spares the addresses' arithmetic
+            dot_vectors(panel, 0, tile, blocks, result);
+        } else {
+            dot_vectors(panel, first_row, tile, blocks, result);
+        }
+        const int left = rows - first_row;
+        for (int i = 0; i < n; ++i) {
+            float values[vectors * LANES];
+            float * place = left < vectors * LANES ? values : out[i] + first_row;
+            for (int v = 0; v < vectors; ++v) {
+                store(place + v * LANES, result[v][i]);
+            }
+            if (place == values) {
+                std::copy_n(values, left, out[i] + first_row);
+            }
+        }
+    }
+}
+
+// Activations ----------------------------------------------------------------------------------------
+
+// 32 floats to 32 bytes. Returns the scale, and adds to sum what they stand for, lane by lane.
+inline float quantize_group(const float * x, int8_t * q, floats & sum) {
+    floats magnitude = broadcast(0);
+    UNROLL for (int j = 0; j < 32; j += LANES) {
+        magnitude = larger_magnitude(magnitude, load(x + j));
+    }
+    const float d = largest(magnitude) / 127;
+    if (!(d >= FLT_MIN)) { // its inverse could be infinite
+        memset(q, 0, 32);
+        return 0;
+    }
+    const floats inverse = broadcast(1 / d);
+    UNROLL for (int j = 0; j < 32; j += LANES) {
+        const floats rounded = store_rounded(q + j, multiply_add(load(x + j), inverse, broadcast(0)));
+        sum = multiply_add(rounded, broadcast(d), sum);
+    }
+    return d;
+}
+
+template <int n> void quantize_block(const float * x, int column, tile_block<n> * block) {
+    int8_t q[PLANES][STEPS][4];
+    floats sum = broadcast(0);
+    UNROLL for (int k = 0; k < PLANES; ++k) {
+        block->d[k][column] = quantize_group(x + 32 * k, q[k][0], sum) * PLANE_SCALE[k];
+    }
+    UNROLL for (int k = 0; k < PLANES; ++k) {
+        UNROLL for (int s = 0; s < STEPS; ++s) {
+            memcpy(block->qs[k][s][column], q[k][s], 4);
+        }
+    }
+    block->sum[column] = total(sum);
+}
+
+// Weights ------------------------------------------------------------------------------------------
+
+// Four columns of all rows of a panel.
+using step_bytes = uint8_t[PT2_PANEL_ROWS][4];
+
+// Takes the next base-3 digit off all fractions, and puts it into the plane that begins at bit `shift`.
+void move_digits(step_bytes & fractions, step_bytes & qs, int shift) {
+    uint8_t * from = fractions[0];
+    uint8_t * to = qs[0];
+    for (int j = 0; j < PT2_PANEL_ROWS * 4; ++j) {
+        const uint8_t digit = (uint8_t) ((from[j] >= 86) + (from[j] >= 171)); // 3 * from[j] / 256
+        to[j] |= digit << shift;
+        from[j] = (uint8_t) (3 * from[j]);
+    }
+}
+
+void interleave(const block_tq2_1 & block, int row, step_bytes (&qs)[STEPS]) {
+    for (int s = 0; s < STEPS; ++s) {
+        memcpy(qs[s][row], block.qs + 4 * s, 4);
+    }
+}
+
+// The fractions of a TQ1_1 block: six steps of four bytes; the last two bytes make another two, times 1, 3, 9 and 27.
+void interleave(const block_tq1_1 & block, int row, step_bytes (&fractions)[STEPS]) {
+    for (int g = 0; g < 6; ++g) {
+        memcpy(fractions[g][row], block.qs + 4 * g, 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const uint8_t last = block.qs[24 + i];
+        fractions[6][row][i] = last;
+        fractions[6][row][2 + i] = (uint8_t) (3 * last);
+        fractions[7][row][i] = (uint8_t) (9 * last);
+        fractions[7][row][2 + i] = (uint8_t) (27 * last);
+    }
+}
+
+// Block b of the rows: their scales into the panel, their digits into `bytes`.
+template <typename block_type>
+void interleave_rows(const void * data, size_t row_size, int rows, int64_t b, block_panel * panel,
+                     step_bytes (&bytes)[STEPS]) {
+    for (int r = 0; r < rows; ++r) {
+        const block_type & block = ((const block_type *) ((const char *) data + r * row_size))[b];
+        panel->alpha[r] = block.alpha;
+        panel->mu[r] = block.mu;
+        interleave(block, r, bytes);
+    }
+}
+
+// The five digits of fractions[g], g < 6, belong to columns 4g, 24 + 4g, ..., 96 + 4g and their three neighbours; one
+// digit of each of the last two to columns 120 to 127.
+void unpack(step_bytes (&fractions)[STEPS], block_panel * panel) {
+    const auto move = [&](int g, int step) { move_digits(fractions[g], panel->qs[step % STEPS], 2 * (step / STEPS)); };
+    for (int g = 0; g < 6; ++g) {
+        for (int k = 0; k < 5; ++k) {
+            move(g, 6 * k + g);
+        }
+    }
+    move(6, 30);
+    move(7, 31);
+}
+
+} // namespace
+
+void pt2_panel_from_rows(enum ggml_type type, const void * data, size_t row_size, int rows, int64_t blocks,
+                         block_panel * panel) {
+    assert(0 < rows && rows <= PT2_PANEL_ROWS);
+    // Rows follow each other in memory, but are read side by side, which is more streams than processors prefetch.
+    prefetch(data, 0, rows * row_size);
+    for (int64_t b = 0; b < blocks; ++b, ++panel) {
+        memset(panel, 0, sizeof(*panel));
+        if (type == GGML_TYPE_TQ1_1) {
+            step_bytes fractions[STEPS] = {};
+            interleave_rows<block_tq1_1>(data, row_size, rows, b, panel, fractions);
+            unpack(fractions, panel);
+        } else {
+            interleave_rows<block_tq2_1>(data, row_size, rows, b, panel, panel->qs);
+        }
+    }
+}
+
+int pt2_tile_columns(void) {
+    return TILE_COLUMNS;
+}
+
+size_t pt2_tile_size(int n, int64_t blocks) {
+    static_assert(sizeof(tile_block<1>) == sizeof(block_q8_t), "a tile is as large as its columns");
+    return n * blocks * sizeof(block_q8_t);
+}
+
+void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int64_t first, int64_t last, void * tile) {
+    if (perm) {
+        prefetch(perm, first * QK_PT2 * sizeof(*perm), last * QK_PT2 * sizeof(*perm));
+    }
+    with_columns(n, [&](auto columns) {
+        auto * blocks = (tile_block<columns> *) tile;
+        for (int64_t b = first; b < last; ++b) {
+            for (int i = 0; i < columns; ++i) {
+                const float * source = x[i] + b * QK_PT2;
+                float gathered[QK_PT2];
+                if (perm) {
+                    for (int j = 0; j < QK_PT2; ++j) {
+                        gathered[j] = x[i][perm[b * QK_PT2 + j]];
+                    }
+                    source = gathered;
+                }
+                quantize_block<columns>(source, i, blocks + b);
+            }
+        }
+    });
+}
+
+void pt2_panel_dot(const block_panel * panel, const void * tile, int n, int64_t blocks, int rows, float * const * out) {
+    with_columns(
+        n, [&](auto columns) { dot_panel<columns>(panel, (const tile_block<columns> *) tile, blocks, rows, out); });
+}
