@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pt2gguf.native.installation import find_installation
 
@@ -48,6 +51,20 @@ def run(*command: object) -> str:
     if finished.returncode != 0:
         raise RuntimeError(f"{command[0]} failed:\n{finished.stdout[-2000:]}")
     return finished.stdout
+
+
+def bench_test(run: Mapping[str, Any]) -> str:
+    """The name of a test in llama-bench's output (JSON or CSV), such as pp128 or pp128+tg256."""
+    prompt, answer = int(run["n_prompt"]), int(run["n_gen"])
+    return "+".join([f"pp{prompt}"] * bool(prompt) + [f"tg{answer}"] * bool(answer))
+
+
+def spread(values: Sequence[float], digits: int = 0, unit: str = "") -> str:
+    """The median and, of several values, from where to where they reach."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    if len(values) == 1:
+        return f"{middle:.{digits}f}{unit}"
+    return f"{middle:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def git_commit() -> str:

@@ -1,7 +1,8 @@
-"""Writes the tables of README.md and docs/quality.md from benchmarks/results/."""
+"""Writes the tables of README.md and docs/ from benchmarks/results/."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -9,10 +10,12 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results"
+from common import REPOSITORY, RESULTS, bench_test, spread
+from cpu import RATIOS, TESTS
+
 README = REPOSITORY / "README.md"
 QUALITY = REPOSITORY / "docs" / "quality.md"
+SPEED = REPOSITORY / "docs" / "speed.md"
 
 
 def main() -> None:
@@ -20,7 +23,16 @@ def main() -> None:
     replace(README, "quality", quality_table(quality, SHORT))
     replace(QUALITY, "files", quality_table(quality))
     replace(QUALITY, "tiny-4m", quality_table(load("quality-tiny-4m")))
-    replace(README, "speed", speed_table(load("speed-llama-30m")))
+    replace(QUALITY, "qwen3", quality_table(load("quality-qwen3-distilled")))
+    replace(QUALITY, "table1", table1(load("table1-tiny-4m")))
+    replace(QUALITY, "table3", table3())
+    cpu = load("cpu")
+    replace(README, "speed", cpu_table(cpu))
+    replace(SPEED, "cpu", cpu_table(cpu))
+    replace(SPEED, "cpu-ratios", cpu_ratios(cpu))
+    replace(SPEED, "cpu-limits", cpu_limits(cpu))
+    replace(SPEED, "cpu-batches", cpu_batches(cpu))
+    replace(SPEED, "cuda", cuda_table())
     replace(QUALITY, "fidelity", fidelity_table(load("fidelity-llama-30m")))
     replace(QUALITY, "complexity", complexity_table(load("complexity-cpu")))
     bounds = load("bounds-llama-30m")
@@ -70,15 +82,103 @@ def text_cells(figures: dict) -> tuple[str, str, str]:
     return perplexity, f"{figures['kl_divergence']:.3f}", f"{figures['same_top']:.1%}"
 
 
-def speed_table(speed: dict) -> str:
-    def rate(summary: dict[str, float]) -> str:
-        return f"{summary['median']:.0f} ({summary['min']:.0f} to {summary['max']:.0f})"
+def table1(record: dict) -> str:
+    rows = record["rows"]
+    texts = list(rows[0]["texts"])
+    return table(
+        ("", "bits/weight", *texts),
+        [
+            (
+                row["name"].removesuffix(".gguf"),
+                f"{row['bits_per_weight']:.3f}",
+                *(f"{row['texts'][text]['transformers_perplexity']:.2f}" for text in texts),
+            )
+            for row in rows
+        ],
+    )
 
+
+def table3() -> str:
+    """Sizes in bytes of measured files, and the time of the conversion."""
+    rows = []
+    for model in ("tiny-4m", "llama-30m"):
+        record = load(f"quality-{model}")
+        sizes = {row["name"]: row["bytes"] for row in record["evaluation"]["rows"]}
+        ours = sizes["TQ1_1.gguf"]
+        seconds = next(c["seconds"] for c in record["conversions"] if c["name"] == "TQ1_1")
+        rows.append((model, sizes["F16"], ours, f"{seconds:.0f} s, two cores"))
+    sizes = {run["file"]: int(run["model_size"]) for run in cuda_runs()}
+    whole = re.search(r"together ([0-9.]+) s", (RESULTS / "large-7b-h200.log").read_text())
+    assert whole is not None
+    rows.append(("7B shape", sizes["F16"], sizes["TQ1_1"], f"{float(whole[1]):.0f} s, one H200"))
+    return table(
+        ("", "F16, MB", "TQ1_1, MB", "ratio", "conversion"),
+        [(m, f"{f / 1e6:.1f}", f"{t / 1e6:.1f}", f"{f / t:.1f}", took) for m, f, t, took in rows],
+    )
+
+
+def cpu_table(cpu: dict) -> str:
+    rows = []
+    for name, size in cpu["bytes"].items():
+        rates = [one_round["tokens/s"][name] for one_round in cpu["rounds"]]
+        cells = [spread([rate[test] for rate in rates]) for test in TESTS]
+        rows.append((name, f"{size / 1e6:.0f}", *cells))
+    return table(("type", "MB", *TESTS), rows)
+
+
+def cpu_ratios(cpu: dict) -> str:
+    peers = tuple(("TQ2_1", name) for name in cpu["bytes"] if name.startswith("ik_llama.cpp"))
+    rows = []
+    for mine, other in (*RATIOS, *peers):
+        rates = [one_round["tokens/s"] for one_round in cpu["rounds"]]
+        cells = [spread([r[mine][t] / r[other][t] for r in rates], 2) for t in TESTS]
+        rows.append((f"{mine} / {other}", *cells))
+    return table(("", *TESTS), rows)
+
+
+def cpu_limits(cpu: dict) -> str:
+    """Shares of the memory bandwidth and of the dot products' peak."""
+    weights = cpu["weights"]
+    bits = {"TQ2_1": 2.25, "TQ1_1": 2.25}  # in memory
+    rows = []
+    for name, size in bits.items():
+        decode, prefill = [], []
+        for one_round in cpu["rounds"]:
+            rates = one_round["tokens/s"][name]
+            gigabytes = rates["tg48"] * weights["decode"] * size / 8e9
+            decode.append(100 * gigabytes / one_round["read GB/s"])
+            products = rates["pp128"] * weights["prefill"] / 1e9
+            prefill.append(100 * products / one_round["10^9 products/s"])
+        rows.append((name, spread(decode, unit="%"), spread(prefill, unit="%")))
+    read = spread([r["read GB/s"] for r in cpu["rounds"]], 1)
+    peak = spread([r["10^9 products/s"] for r in cpu["rounds"]])
+    heading = ("", f"decode, of {read} GB/s", f"pp128, of {peak} billion products/s")
+    return table(heading, rows)
+
+
+def cpu_batches(cpu: dict) -> str:
+    sizes = list(next(iter(cpu["batches"].values())))
     rows = [
-        (name, f"{file['bytes'] / 1e6:.2f}", rate(file["pp128"]), rate(file["tg64"]))
-        for name, file in speed["files"].items()
+        (name, *(f"{rates[size]:.0f}" for size in sizes)) for name, rates in cpu["batches"].items()
     ]
-    return table(("type", "MB", "prefill pp128", "decode tg64"), rows)
+    return table(("columns", *sizes), rows)
+
+
+def cuda_runs() -> list[dict[str, str]]:
+    lines = (RESULTS / "cuda-7b-h200.csv").read_text().splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def cuda_table() -> str:
+    files: dict[str, dict[str, str]] = {}
+    for run in cuda_runs():
+        rate = f"{float(run['avg_ts']):.0f} ± {float(run['stddev_ts']):.0f}"
+        files.setdefault(run["file"], {"GB": f"{int(run['model_size']) / 1e9:.2f}"})[
+            bench_test(run)
+        ] = rate
+    columns = tuple(next(iter(files.values())))
+    rows = [(name, *(cells[column] for column in columns)) for name, cells in files.items()]
+    return table(("type", *columns), rows)
 
 
 def fidelity_table(fidelity: dict) -> str:
