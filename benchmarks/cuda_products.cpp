@@ -1,0 +1,157 @@
+// Times, bandwidth and operations of single products of matrices on a GPU, ternary types beside llama.cpp's own. There
+// are so many copies of the weights that they do not fit into the L2; one graph computes all products, and the median
+// of its times counts, quantizing the activations included. With BUILD the build directory of a CUDA build:
+//     c++ -O2 -std=c++17 cuda_products.cpp -I../ggml_patches/src/ggml -IBUILD/llama.cpp/ggml/include
+//         -I$CUDA/include -LBUILD/bin -Wl,-rpath,BUILD/bin -lggml -lggml-base -lggml-cuda -L$CUDA/lib64 -lcudart
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cuda.h"
+#include "ggml-pt2.h"
+#include "ggml.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+static const int REPETITIONS = 15;
+static const int WARMUPS = 4;
+
+static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+static double copy_gbs() {
+    const size_t n = 2ull << 30;
+    void *a, *b;
+    cudaMalloc(&a, n);
+    cudaMalloc(&b, n);
+    cudaMemset(a, 1, n);
+    std::vector<double> t;
+    for (int i = 0; i < 12; ++i) {
+        cudaDeviceSynchronize();
+        const double t0 = now();
+        cudaMemcpyAsync(b, a, n, cudaMemcpyDeviceToDevice, 0);
+        cudaDeviceSynchronize();
+        t.push_back(now() - t0);
+    }
+    cudaFree(a);
+    cudaFree(b);
+    std::sort(t.begin(), t.end());
+    return 2.0 * n / t[t.size() / 2] / 1e9;
+}
+
+static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t k, int64_t n, bool perm, bool glu) {
+    const size_t bytes = ggml_row_size(type, k) * m * (glu ? 2 : 1);
+    const size_t total = std::max<size_t>(n > 8 ? 200ull << 20 : 500ull << 20, 2 * bytes);
+    const int copies = std::max<int>(n > 8 ? 4 : 16, std::min<size_t>((total + bytes - 1) / bytes, 100));
+    ggml_init_params params = { ggml_tensor_overhead() * 2048 + ggml_graph_overhead_custom(2048, false), nullptr,
+                                true };
+    ggml_context * cw = ggml_init(params);
+    ggml_context * cx = ggml_init(params);
+    ggml_tensor * x = ggml_new_tensor_2d(cw, GGML_TYPE_F32, k, n);
+    ggml_tensor * p = ggml_new_tensor_1d(cw, GGML_TYPE_I32, k);
+    ggml_tensor * p2 = ggml_new_tensor_1d(cw, GGML_TYPE_I32, k);
+    std::vector<ggml_tensor *> w;
+    for (int i = 0; i < copies * (glu ? 2 : 1); ++i) {
+        w.push_back(ggml_new_tensor_2d(cw, type, k, m));
+    }
+    ggml_cgraph * graph = ggml_new_graph_custom(cx, 2048, false);
+    ggml_tensor * last = nullptr;
+    for (int i = 0; i < copies; ++i) {
+        const auto mul = [&](ggml_tensor * weight, ggml_tensor * order) {
+            ggml_tensor * out = ggml_mul_mat(cx, weight, x);
+            if (perm) {
+                ggml_mul_mat_set_perm(out, order);
+            }
+            return out;
+        };
+        if (glu) {
+            ggml_tensor * gate = mul(w[2 * i], p);
+            ggml_tensor * up = mul(w[2 * i + 1], p2);
+            ggml_build_forward_expand(graph, gate);
+            last = ggml_swiglu_split(cx, gate, up);
+        } else {
+            last = mul(w[i], p);
+        }
+        ggml_build_forward_expand(graph, last);
+    }
+    ggml_backend_buffer_t bw = ggml_backend_alloc_ctx_tensors(cw, backend);
+    ggml_backend_buffer_set_usage(bw, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    ggml_backend_buffer_t bx = ggml_backend_alloc_ctx_tensors(cx, backend);
+    std::mt19937 rng(1);
+    std::vector<uint32_t> random(ggml_row_size(type, k) * m / 4 + 1);
+    for (auto & r : random) {
+        r = rng() & 0xBFFFBFFF; // halves stay finite
+    }
+    for (ggml_tensor * t : w) {
+        ggml_backend_tensor_set(t, random.data(), 0, ggml_nbytes(t));
+    }
+    std::vector<float> xs(k * n);
+    std::normal_distribution<float> normal;
+    for (auto & v : xs) {
+        v = normal(rng);
+    }
+    ggml_backend_tensor_set(x, xs.data(), 0, ggml_nbytes(x));
+    std::vector<int32_t> order(k);
+    for (int i = 0; i < k; ++i) {
+        order[i] = i;
+    }
+    std::shuffle(order.begin(), order.end(), rng);
+    ggml_backend_tensor_set(p, order.data(), 0, ggml_nbytes(p));
+    ggml_backend_tensor_set(p2, order.data(), 0, ggml_nbytes(p2));
+    std::vector<double> t;
+    for (int i = 0; i < REPETITIONS + WARMUPS; ++i) {
+        const double t0 = now();
+        ggml_backend_graph_compute(backend, graph);
+        if (i >= WARMUPS) {
+            t.push_back(now() - t0);
+        }
+    }
+    std::sort(t.begin(), t.end());
+    ggml_backend_buffer_free(bw);
+    ggml_backend_buffer_free(bx);
+    ggml_free(cw);
+    ggml_free(cx);
+    return t[t.size() / 2] / copies * 1e6;
+}
+
+int main() {
+    ggml_backend_t backend = ggml_backend_cuda_init(0);
+    const double copy = copy_gbs();
+    printf("copy %.0f GB/s (read + written)\n", copy);
+    struct shape {
+        int64_t m, k;
+    };
+    const std::vector<ggml_type> types = { GGML_TYPE_TQ2_1,   GGML_TYPE_TQ1_1, GGML_TYPE_Q2_K,
+                                           GGML_TYPE_IQ2_XXS, GGML_TYPE_Q4_0,  GGML_TYPE_F16 };
+    for (const shape & s : { shape{ 4096, 4096 }, { 11008, 4096 }, { 4096, 11008 }, { 22016, 8192 } }) {
+        for (const int n : { 1, 2, 4, 8, 128, 512 }) {
+            for (const ggml_type type : types) {
+                const double us = time_us(backend, type, s.m, s.k, n, false, false);
+                const double bytes = (double) ggml_row_size(type, s.k) * (double) s.m;
+                const double products = (double) (s.m * s.k * n);
+                printf("%5d x %5d  n %3d  %-8s %9.2f us  %7.0f GB/s  %5.1f%% of copy  %7.1f TOPS", (int) s.m, (int) s.k,
+                       n, ggml_type_name(type), us, bytes / us * 1e-3, 100 * bytes / us * 1e-3 / copy,
+                       2e-6 * products / us);
+                if (ggml_pt2_is_ternary(type)) {
+                    printf("  with perm %9.2f us", time_us(backend, type, s.m, s.k, n, true, false));
+                }
+                printf("\n");
+                fflush(stdout);
+            }
+        }
+    }
+    for (const ggml_type type : { GGML_TYPE_TQ2_1, GGML_TYPE_TQ1_1, GGML_TYPE_Q2_K }) {
+        printf("gate+up+swiglu 11008 x 4096  %-8s %9.2f us", ggml_type_name(type),
+               time_us(backend, type, 11008, 4096, 1, false, true));
+        if (ggml_pt2_is_ternary(type)) {
+            printf("  with perms %9.2f us", time_us(backend, type, 11008, 4096, 1, true, true));
+        }
+        printf("\n");
+    }
+    ggml_backend_free(backend);
+}

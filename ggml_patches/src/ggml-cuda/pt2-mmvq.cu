@@ -1,0 +1,590 @@
+// Matvec: 1 to 8 columns of activations, or experts for up to 8 tokens.
+//
+// Every warp computes a few rows on its own: nothing is shared between warps, so nothing waits for
+// them. A block of 128 weights is spread over 4 lanes (TQ2_1) or 2 (TQ1_1), and the activations lie
+// in memory in the order in which the lanes want them, so that all their loads are 16 bytes and
+// coalesced. What a warp needs of its rows is loaded for several steps at once, the first time
+// before the activations are even there.
+#include "mmq.cuh"
+#include "mmvq.cuh"
+#include "pt2-cuda.cuh"
+#include "unary.cuh"
+
+#define PT2_MMV_WARPS 4
+
+struct mmv_args {
+    const char * x;            // weights
+    const char * gate;         // weights of the gate, or NULL
+    const int8_t * y;          // quantized activations
+    const int8_t * y_gate;     // the same in the gate's column order
+    const pt2_vec_scales * ys; // their scales
+    const pt2_vec_scales * ys_gate;
+    const int32_t * ids; // experts, or NULL
+    const float * bias;  // NULL, or like dst, or for ids one row per expert
+    const float * gate_bias;
+    float * dst;
+    int nblocks;   // per row
+    int nblocks_y; // per row of y, with padding
+    int nrows;
+    int64_t nb01, nb02, nb03; // bytes
+    uint3 ne12;               // channels of y, for ids rows of y per token
+    uint3 r2, r3;             // channels and samples of y for one of x
+    int64_t stride_y;         // rows of y from one channel, for ids one token, to the next
+    int64_t s1, s2, s3;       // of dst and bias, in elements; for ids s1 is a slot's, s2 a token's
+    int64_t ids_stride;       // from token to token
+    int64_t s_bias;           // from expert to expert
+    ggml_glu_op glu_op;
+    float glu_limit;
+};
+
+// What one lane does with its part of a block.
+template <ggml_type type> struct lane_part;
+
+// Words 2*part and 2*part + 1 of all four planes.
+template <> struct lane_part<GGML_TYPE_TQ2_1> {
+    static constexpr int parts = pt2_vec_parts(GGML_TYPE_TQ2_1);
+    static constexpr int steps = 4; // loaded at once
+    static constexpr int ints = 8;  // of activations
+    static constexpr int planes = 4;
+
+    int q[2];
+    half2 scales;
+
+    __device__ __forceinline__ void load(const char * at, const int part) {
+        const int * block = (const int *) at;
+        scales = *(const half2 *) block;
+        q[0] = block[1 + 2 * part];
+        q[1] = block[2 + 2 * part];
+    }
+
+    // The digits stay where they are in their bytes, the activations' scales make up for it.
+    __device__ __forceinline__ void digits(int (&u)[ints], const int part) const {
+#pragma unroll
+        for (int k = 0; k < planes; ++k) {
+            u[2 * k + 0] = q[0] & (0x03030303 << 2 * k);
+            u[2 * k + 1] = q[1] & (0x03030303 << 2 * k);
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+            if (k == 3) { // as signed bytes they would not fit
+                u[6] = (q[0] >> 6) & 0x03030303;
+                u[7] = (q[1] >> 6) & 0x03030303;
+            }
+#endif
+        }
+        GGML_UNUSED(part);
+    }
+
+    static __device__ __forceinline__ float plane_scale(const float * d, const int k) {
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+        return k == 3 ? 64.0f * d[k] : d[k];
+#else
+        return d[k];
+#endif
+    }
+
+    // The plane of an int of activations.
+    static constexpr __device__ int plane(const int i) {
+        return i / 2;
+    }
+    static constexpr __device__ int sum_of(const int part) {
+        return part / 2;
+    }
+};
+
+// Words 3*part to 3*part + 2 of all five planes, and two of the tail's four planes.
+template <> struct lane_part<GGML_TYPE_TQ1_1> {
+    static constexpr int parts = pt2_vec_parts(GGML_TYPE_TQ1_1);
+    static constexpr int steps = 2;
+    static constexpr int ints = 16;
+    static constexpr int planes = 6;
+
+    uint32_t q[3];
+    uint32_t tail;
+    half2 scales;
+
+    // Blocks are 30 bytes: every other one starts in the middle of a word.
+    __device__ __forceinline__ void load(const char * block, const int part) {
+        const uintptr_t at = (uintptr_t) (block + 4 + 12 * part);
+        const int shift = 8 * (at % 4);
+        const uint32_t * word = (const uint32_t *) (at - at % 4);
+        uint32_t w[4] = { word[0], word[1], word[2], 0 };
+        if (shift) {
+            w[3] = word[3];
+        }
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            q[i] = __funnelshift_r(w[i], w[i + 1], shift);
+        }
+        const half * head = (const half *) block;
+        scales = make_half2(head[0], head[1]);
+        tail = *(const uint16_t *) (block + 28);
+    }
+
+    __device__ __forceinline__ void digits(int (&u)[ints], const int part) const {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            int d[5];
+            pt2_digits_tq1_1(q[i], d);
+#pragma unroll
+            for (int k = 0; k < 5; ++k) {
+                u[3 * k + i] = d[k];
+            }
+        }
+        u[15] = pt2_tail_digits_tq1_1(tail, part);
+    }
+
+    static __device__ __forceinline__ float plane_scale(const float * d, const int k) {
+        return d[k];
+    }
+    static constexpr __device__ int plane(const int i) {
+        return i / 3;
+    }
+    static constexpr __device__ int sum_of(const int part) {
+        return part;
+    }
+};
+
+// A lane's activations of one block.
+template <ggml_type type> struct lane_activations {
+    int q[lane_part<type>::ints];
+    float d[lane_part<type>::planes];
+    float s;
+
+    // y, ys: where this lane's part of the first of a group of blocks is
+    __device__ __forceinline__ void load(const int8_t * y, const pt2_vec_scales * ys, const int part) {
+        using lanes = lane_part<type>;
+#pragma unroll
+        for (int i = 0; i < lanes::ints / 4; ++i) {
+            ((int4 *) q)[i] = *(const int4 *) (y + i * (16 * PT2_VEC_LANES));
+        }
+        const float4 d0 = *(const float4 *) ys->d;
+        d[0] = d0.x;
+        d[1] = d0.y;
+        d[2] = d0.z;
+        d[3] = d0.w;
+        if constexpr (lanes::planes == 6) {
+            const float2 d1 = *(const float2 *) (ys->d + 4);
+            d[4] = d1.x;
+            d[5] = d1.y;
+        }
+        s = ys->s[lanes::sum_of(part)];
+    }
+};
+
+template <ggml_type type>
+static __device__ __forceinline__ float dot(const int (&u)[lane_part<type>::ints], const float2 scales,
+                                            const lane_activations<type> & y) {
+    using lanes = lane_part<type>;
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < lanes::planes; ++k) {
+        int dot = 0;
+#pragma unroll
+        for (int i = 0; i < lanes::ints; ++i) {
+            if (lanes::plane(i) == k) {
+                dot = pt2_dot(u[i], y.q[i], dot);
+            }
+        }
+        sum += lanes::plane_scale(y.d, k) * (float) dot;
+    }
+    return scales.x * sum + (scales.y - scales.x) * y.s;
+}
+
+static __device__ __forceinline__ float glu(const mmv_args & args, const float gate, const float x) {
+    switch (args.glu_op) {
+    case GGML_GLU_OP_SWIGLU:
+        return x * ggml_cuda_op_silu_single(gate);
+    case GGML_GLU_OP_GEGLU:
+        return x * ggml_cuda_op_gelu_single(gate);
+    case GGML_GLU_OP_SWIGLU_OAI:
+        return ggml_cuda_op_swiglu_oai_single(gate, x);
+    case GGML_GLU_OP_SWIGLU_CLAMP:
+        return ggml_cuda_op_swiglu_clamp_single(gate, x, args.glu_limit);
+    default:
+        return x * gate;
+    }
+}
+
+enum gate_mode { NO_GATE, GATE_SHARES_Y, GATE_HAS_Y };
+
+template <ggml_type type, int ncols, int rows, gate_mode gated>
+__launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_vec(const mmv_args args) {
+    using lanes = lane_part<type>;
+    constexpr int step = PT2_VEC_LANES / lanes::parts; // blocks of a row per warp
+    constexpr int bs = ggml_cuda_type_traits<type>::bs;
+    constexpr int matrices = gated == NO_GATE ? 1 : 2;
+    constexpr int orders = gated == GATE_HAS_Y ? 2 : 1;
+    constexpr int steps = ncols > 4 ? 1 : ncols > 1 || rows * matrices > 2 ? (lanes::steps + 1) / 2 : lanes::steps;
+
+    const int row0 = (blockIdx.x * PT2_MMV_WARPS + threadIdx.y) * rows;
+    if (row0 >= args.nrows) {
+        return;
+    }
+    const int part = threadIdx.x % lanes::parts;
+    const int ib0 = threadIdx.x / lanes::parts;
+
+    int64_t x_offset;
+    int64_t y_row;
+    int64_t expert = 0;
+    if (args.ids) {
+        ggml_cuda_pdl_sync(); // the choice of experts comes from the kernel before
+        expert = args.ids[blockIdx.y + blockIdx.z * args.ids_stride];
+        x_offset = expert * args.nb02;
+        y_row = blockIdx.z * args.stride_y + fastmodulo(blockIdx.y, args.ne12);
+    } else {
+        x_offset = fastdiv(blockIdx.y, args.r2) * args.nb02 + fastdiv(blockIdx.z, args.r3) * args.nb03;
+        y_row = (blockIdx.z * args.ne12.z + blockIdx.y) * args.stride_y;
+    }
+
+    const char * x[matrices][rows];
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+        const int64_t offset = x_offset + min(row0 + i, args.nrows - 1) * args.nb01;
+        x[0][i] = args.x + offset;
+        if constexpr (gated != NO_GATE) {
+            x[1][i] = args.gate + offset;
+        }
+    }
+
+    // This lane's part of the group of blocks that begins at ib. Behind the row's end there are only
+    // activations, and they are zeros: any weights will do, the row's last ones for example.
+    lanes w[steps][matrices][rows];
+    const auto load_weights = [&](const int ib) {
+#pragma unroll
+        for (int t = 0; t < steps; ++t) {
+            const uint32_t at = min(ib + t * step + ib0, args.nblocks - 1) * bs;
+#pragma unroll
+            for (int m = 0; m < matrices; ++m) {
+#pragma unroll
+                for (int i = 0; i < rows; ++i) {
+                    w[t][m][i].load(x[m][i] + at, part);
+                }
+            }
+        }
+    };
+
+    load_weights(0);
+    if (!args.ids) {
+        ggml_cuda_pdl_sync();
+    }
+    ggml_cuda_pdl_lc();
+
+    const int8_t * y[orders];
+    const pt2_vec_scales * ys[orders];
+    y[0] = args.y + QK_PT2 * y_row * args.nblocks_y + 16 * (threadIdx.x % PT2_VEC_LANES);
+    ys[0] = args.ys + y_row * args.nblocks_y + ib0;
+    if constexpr (gated == GATE_HAS_Y) {
+        y[1] = args.y_gate + QK_PT2 * y_row * args.nblocks_y + 16 * (threadIdx.x % PT2_VEC_LANES);
+        ys[1] = args.ys_gate + y_row * args.nblocks_y + ib0;
+    }
+
+    float sum[matrices][ncols][rows] = { { { 0.0f } } };
+    for (int ib = 0; ib < args.nblocks;) { // the same in all lanes
+#pragma unroll
+        for (int t = 0; t < steps; ++t) {
+            if (t > 0 && ib + t * step >= args.nblocks) {
+                break;
+            }
+            int u[matrices][rows][lanes::ints];
+            float2 scales[matrices][rows];
+#pragma unroll
+            for (int m = 0; m < matrices; ++m) {
+#pragma unroll
+                for (int i = 0; i < rows; ++i) {
+                    w[t][m][i].digits(u[m][i], part);
+                    scales[m][i] = __half22float2(w[t][m][i].scales);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < ncols; ++j) {
+                lane_activations<type> activations[orders];
+#pragma unroll
+                for (int o = 0; o < orders; ++o) {
+                    activations[o].load(y[o] + j * args.nblocks_y * QK_PT2 + t * step * QK_PT2,
+                                        ys[o] + j * args.nblocks_y + t * step, part);
+                }
+#pragma unroll
+                for (int m = 0; m < matrices; ++m) {
+#pragma unroll
+                    for (int i = 0; i < rows; ++i) {
+                        sum[m][j][i] += dot<type>(u[m][i], scales[m][i], activations[m % orders]);
+                    }
+                }
+            }
+        }
+        ib += steps * step;
+#pragma unroll
+        for (int o = 0; o < orders; ++o) {
+            y[o] += steps * step * QK_PT2;
+            ys[o] += steps * step;
+        }
+        if (ib < args.nblocks) {
+            load_weights(ib);
+        }
+    }
+
+#pragma unroll
+    for (int m = 0; m < matrices; ++m) {
+#pragma unroll
+        for (int j = 0; j < ncols; ++j) {
+#pragma unroll
+            for (int i = 0; i < rows; ++i) {
+                sum[m][j][i] = warp_reduce_sum<PT2_VEC_LANES>(sum[m][j][i]);
+            }
+        }
+    }
+    if (threadIdx.x != 0) {
+        return;
+    }
+
+    const int64_t offset =
+        args.ids ? blockIdx.y * args.s1 + blockIdx.z * args.s2 : blockIdx.y * args.s2 + blockIdx.z * args.s3;
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+        const int row = row0 + i;
+        if (row >= args.nrows) {
+            break;
+        }
+        const int64_t at_bias = args.ids ? expert * args.s_bias + row : offset + row;
+#pragma unroll
+        for (int j = 0; j < ncols; ++j) {
+            float result = sum[0][j][i];
+            if constexpr (ncols == 1) { // upstream fuses nothing else
+                if (args.bias) {
+                    result += args.bias[at_bias];
+                }
+                if constexpr (gated != NO_GATE) {
+                    result = glu(args, sum[1][j][i] + (args.gate_bias ? args.gate_bias[at_bias] : 0.0f), result);
+                }
+            }
+            args.dst[offset + j * args.s1 + row] = result;
+        }
+    }
+}
+
+template <ggml_type type, int ncols, int rows, gate_mode gated>
+static void launch(const mmv_args & args, const dim3 grid_yz, cudaStream_t stream) {
+    const int rows_per_block = PT2_MMV_WARPS * rows;
+    const dim3 grid((args.nrows + rows_per_block - 1) / rows_per_block, grid_yz.y, grid_yz.z);
+    const ggml_cuda_kernel_launch_params params(grid, dim3(PT2_VEC_LANES, PT2_MMV_WARPS, 1), (size_t) 0, stream);
+    ggml_cuda_kernel_launch(mul_mat_vec<type, ncols, rows, gated>, params, args);
+}
+
+template <ggml_type type>
+static void launch_for(const mmv_args & args, const int ncols, const dim3 grid_yz, cudaStream_t stream) {
+    // More rows per warp share the loads of the activations, but then there are fewer warps: for few
+    // rows and many columns a row each is faster. (Measured on an H200.)
+    const int64_t nrows = (int64_t) args.nrows * grid_yz.y * grid_yz.z;
+    const int64_t nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
+    const bool many = nrows >= 16 * nsm;
+    if (args.gate) {
+        GGML_ASSERT(ncols == 1);
+        if (args.y == args.y_gate) {
+            many ? launch<type, 1, 2, GATE_SHARES_Y>(args, grid_yz, stream)
+                 : launch<type, 1, 1, GATE_SHARES_Y>(args, grid_yz, stream);
+        } else {
+            many ? launch<type, 1, 2, GATE_HAS_Y>(args, grid_yz, stream)
+                 : launch<type, 1, 1, GATE_HAS_Y>(args, grid_yz, stream);
+        }
+        return;
+    }
+    switch (ncols) {
+    case 1:
+        if constexpr (type == GGML_TYPE_TQ2_1) {
+            if (many && (nrows >= 64 * nsm || args.nblocks <= 32)) {
+                launch<type, 1, 4, NO_GATE>(args, grid_yz, stream);
+            } else {
+                launch<type, 1, 1, NO_GATE>(args, grid_yz, stream);
+            }
+        } else if (many) { // unpacking is most of the work
+            launch<type, 1, 2, NO_GATE>(args, grid_yz, stream);
+        } else {
+            launch<type, 1, 1, NO_GATE>(args, grid_yz, stream);
+        }
+        break;
+    case 2:
+        launch<type, 2, 2, NO_GATE>(args, grid_yz, stream);
+        break;
+    case 3:
+        launch<type, 3, 2, NO_GATE>(args, grid_yz, stream);
+        break;
+    case 4:
+        launch<type, 4, 2, NO_GATE>(args, grid_yz, stream);
+        break;
+    case 5:
+        launch<type, 5, 2, NO_GATE>(args, grid_yz, stream);
+        break;
+    case 6:
+        launch<type, 6, 2, NO_GATE>(args, grid_yz, stream);
+        break;
+    case 7:
+        launch<type, 7, 2, NO_GATE>(args, grid_yz, stream);
+        break;
+    case 8:
+        launch<type, 8, 2, NO_GATE>(args, grid_yz, stream);
+        break;
+    default:
+        GGML_ABORT("fatal error");
+    }
+}
+
+// The MUL_MAT or MUL_MAT_ID of weight whose result, perhaps after a bias and a GLU, is node.
+static const ggml_tensor * find_mul_mat(const ggml_tensor * node, const ggml_tensor * weight, const int depth = 2) {
+    if ((node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID) && node->src[0] == weight) {
+        return node;
+    }
+    for (int i = 0; i < 2 && depth > 0; ++i) {
+        const ggml_tensor * found = node->src[i] ? find_mul_mat(node->src[i], weight, depth - 1) : nullptr;
+        if (found) {
+            return found;
+        }
+    }
+    return nullptr;
+}
+
+void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1,
+                               ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion) {
+    const ggml_tensor * node = find_mul_mat(dst, src0);
+    GGML_ASSERT(node && node->src[1] == src1);
+    GGML_ASSERT(src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32);
+    GGML_ASSERT(!fusion || (!fusion->x_scale && !fusion->gate_scale));
+    const ggml_tensor * ids = node->op == GGML_OP_MUL_MAT_ID ? node->src[2] : nullptr;
+    const ggml_tensor * gate = fusion ? fusion->gate : nullptr;
+    const ggml_tensor * perms[2] = { ggml_mul_mat_get_perm(node), nullptr };
+    int n_perms = 1;
+    if (gate) {
+        const ggml_tensor * gate_node = find_mul_mat(dst, gate);
+        GGML_ASSERT(gate_node && gate_node->src[1] == src1 && ggml_are_same_stride(gate, src0));
+        perms[1] = ggml_mul_mat_get_perm(gate_node);
+        n_perms = perms[0] == perms[1] ? 1 : 2;
+    }
+    cudaStream_t stream = ctx.stream();
+
+    const int64_t nblocks = src0->ne[0] / QK_PT2;
+    const int64_t nblocks_y = pt2_vec_padded_blocks(src0->type, nblocks);
+    const int64_t y_blocks = nblocks_y * ggml_nrows(src1);
+    ggml_cuda_pool_alloc<int8_t> y(ctx.pool(), y_blocks * n_perms * (QK_PT2 + sizeof(pt2_vec_scales)));
+    pt2_vec_scales * scales = (pt2_vec_scales *) (y.get() + QK_PT2 * y_blocks * n_perms);
+    pt2_quantize_vec(src0->type, src1, perms, n_perms, y.get(), scales, stream);
+
+    mmv_args args = {};
+    args.x = (const char *) src0->data;
+    args.gate = gate ? (const char *) gate->data : nullptr;
+    args.y = y.get();
+    args.y_gate = y.get() + (n_perms - 1) * QK_PT2 * y_blocks;
+    args.ys = scales;
+    args.ys_gate = scales + (n_perms - 1) * y_blocks;
+    args.dst = (float *) dst->data;
+    args.nblocks = nblocks;
+    args.nblocks_y = nblocks_y;
+    args.nrows = src0->ne[1];
+    args.nb01 = src0->nb[1];
+    args.nb02 = src0->nb[2];
+    args.nb03 = src0->nb[3];
+    args.s1 = dst->nb[1] / sizeof(float);
+    args.s2 = dst->nb[2] / sizeof(float);
+    args.s3 = dst->nb[3] / sizeof(float);
+    args.stride_y = src1->ne[1];
+    if (fusion) {
+        args.bias = fusion->x_bias ? (const float *) fusion->x_bias->data : nullptr;
+        args.gate_bias = fusion->gate_bias ? (const float *) fusion->gate_bias->data : nullptr;
+        args.glu_op = fusion->glu_op;
+        args.glu_limit = fusion->glu_limit;
+        for (const ggml_tensor * bias : { fusion->x_bias, fusion->gate_bias }) {
+            if (bias) {
+                GGML_ASSERT(bias->type == GGML_TYPE_F32 && bias->ne[0] == dst->ne[0]);
+                GGML_ASSERT(ids ? bias->ne[1] == src0->ne[2] : ggml_nrows(dst) == 1 || ggml_are_same_stride(bias, dst));
+                args.s_bias = bias->nb[1] / sizeof(float);
+            }
+        }
+    }
+    if (ids) {
+        args.ids = (const int32_t *) ids->data;
+        args.ids_stride = ids->nb[1] / sizeof(int32_t);
+        args.ne12 = init_fastdiv_values(src1->ne[1]);
+    } else {
+        args.ne12 = init_fastdiv_values(src1->ne[2]);
+        args.r2 = init_fastdiv_values(src1->ne[2] / src0->ne[2]);
+        args.r3 = init_fastdiv_values(src1->ne[3] / src0->ne[3]);
+    }
+
+    const int ncols = ids ? 1 : src1->ne[1];
+    const dim3 grid_yz = ids ? dim3(1, ids->ne[0], ids->ne[1]) : dim3(1, src1->ne[2], src1->ne[3]);
+    if (src0->type == GGML_TYPE_TQ2_1) {
+        launch_for<GGML_TYPE_TQ2_1>(args, ncols, grid_yz, stream);
+    } else {
+        launch_for<GGML_TYPE_TQ1_1>(args, ncols, grid_yz, stream);
+    }
+}
+
+// The matmul reads whole pairs of blocks. Behind a row there is another, or padding that holds
+// zeros; only behind a view of a temporary tensor there may be anything.
+static bool may_read_behind_rows(const ggml_tensor * src0) {
+    return src0->ne[0] % (2 * QK_PT2) == 0 || !src0->view_src ||
+           ggml_backend_buffer_get_usage(src0->buffer) != GGML_BACKEND_BUFFER_USAGE_COMPUTE;
+}
+
+void ggml_cuda_pt2_mul_mat(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const bool is_id = dst->op == GGML_OP_MUL_MAT_ID;
+    const int64_t ncols = dst->ne[is_id ? 2 : 1];
+    if (ncols <= MMVQ_MAX_BATCH_SIZE) {
+        ggml_cuda_pt2_mul_mat_vec(ctx, src0, src1, dst, nullptr);
+        return;
+    }
+    if (pt2_mul_mat_many(ctx, dst)) {
+        return;
+    }
+    if (may_read_behind_rows(src0)) {
+        ggml_cuda_mul_mat_q(ctx, src0, src1, is_id ? dst->src[2] : nullptr, dst);
+        return;
+    }
+    const int dim = is_id ? 2 : 1;
+    for (int64_t j = 0; j < ncols; j += MMVQ_MAX_BATCH_SIZE) {
+        ggml_tensor x = *src1;
+        ggml_tensor ids;
+        ggml_tensor some = *dst;
+        x.ne[dim] = some.ne[dim] = std::min<int64_t>(ncols - j, MMVQ_MAX_BATCH_SIZE);
+        x.data = (char *) x.data + j * x.nb[dim];
+        some.data = (char *) some.data + j * some.nb[dim];
+        some.src[1] = &x;
+        if (is_id) {
+            ids = *dst->src[2];
+            ids.ne[1] = some.ne[dim];
+            ids.data = (char *) ids.data + j * ids.nb[1];
+            some.src[2] = &ids;
+        }
+        ggml_cuda_pt2_mul_mat_vec(ctx, src0, &x, &some, nullptr);
+    }
+}
+
+bool ggml_cuda_pt2_supports_op(const ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
+    switch (op->op) {
+    case GGML_OP_NONE:
+    case GGML_OP_RESHAPE:
+    case GGML_OP_VIEW:
+    case GGML_OP_PERMUTE:
+    case GGML_OP_TRANSPOSE:
+        return true;
+    case GGML_OP_MUL_MAT:
+    case GGML_OP_MUL_MAT_ID: {
+        const ggml_tensor * perm = ggml_mul_mat_get_perm(op);
+        return a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float) && b->type == GGML_TYPE_F32 &&
+               op->type == GGML_TYPE_F32 && (!perm || (perm->type == GGML_TYPE_I32 && ggml_is_contiguous(perm))) &&
+               // as upstream: what is asked to be done in F32
+               !(op->op == GGML_OP_MUL_MAT_ID && ggml_get_op_params_i32(op, 3) == GGML_PREC_F32);
+    }
+    case GGML_OP_GET_ROWS:
+        return a->nb[0] == ggml_type_size(a->type) &&
+               (op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16 || op->type == GGML_TYPE_BF16);
+    case GGML_OP_CPY:
+    case GGML_OP_DUP:
+        return ggml_is_contiguous(a) && ggml_is_contiguous(op) &&
+               (op->type == a->type ||
+                (op->op == GGML_OP_CPY && (op->type == GGML_TYPE_F32 || op->type == GGML_TYPE_F16)));
+    default:
+        return false;
+    }
+}
