@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pt2gguf.blocks import BLOCK_SIZE
@@ -27,6 +27,14 @@ LOCK = "lock"
 WRITTEN = "written.safetensors"
 TUNING = "tuning.safetensors"
 RESULTS = ("layer-*.safetensors", "tuned-*.safetensors", WRITTEN, TUNING)
+# As safetensors spells the types of what is kept here.
+DTYPES = {
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of JSON that is not ours
 
 Content = tuple[dict[str, Any], dict[str, Tensor]]
@@ -95,7 +103,7 @@ class WorkDirectory:
                     raise Pt2Error(_refusal(path, before, settings))
                 for file in finished:
                     file.unlink()
-                _write(path / SETTINGS, settings.to_json().encode())
+                _write(path / SETTINGS, [settings.to_json().encode()])
         except BaseException:
             lock.close()
             raise
@@ -309,17 +317,34 @@ def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _save(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, tensor by tensor: safetensors' own `save` makes all of it first."""
     text = json.dumps(content, sort_keys=True)
-    # One key only: safetensors writes several in an order that changes from run to run.
-    _write(path, save(dict(tensors), {"pt2gguf": json.dumps([_digest(text, tensors), text])}))
+    header: dict[str, Any] = {
+        "__metadata__": {"pt2gguf": json.dumps([_digest(text, tensors), text])}
+    }
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # keeps them aligned
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    data = (tensors[name].numpy().tobytes() for name in names)
+    _write(path, itertools.chain([len(raw).to_bytes(8, "little"), raw], data))
 
 
 def _read(path: Path) -> Content | None:
     """What `_save` wrote, content and tensors; None unless every byte of it is there."""
     try:
-        raw = path.read_bytes()
-        tensors = load(raw)
-        digest, description = _description(raw)
+        with safe_open(path, "pt") as file:
+            digest, description = json.loads(file.metadata()["pt2gguf"])
+            # Copies: what is mapped would change, or be gone, with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if digest != _digest(description, tensors):
             return None
         return json.loads(description), tensors
@@ -327,12 +352,12 @@ def _read(path: Path) -> Content | None:
         return None
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file under its name only once all of it is on the disk."""
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -3,12 +3,14 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from memory import growth
 
 from pt2gguf.convert.settings import Settings, differences
 from pt2gguf.convert.workdir import Layer, WorkDirectory, pack_digits, unpack_digits
@@ -90,6 +92,24 @@ def test_same_layer_same_bytes(tmp_path: Path) -> None:
             work.save_layer(0, _layer())
         files.append((tmp_path / name / "layer-0000.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+def _saving(path: Path) -> Callable[[], object]:
+    work = WorkDirectory.create(path, SETTINGS)
+    tensors = {f"{number}": torch.ones(2**21) for number in range(16)}
+    return lambda: work.save_tuning(1, tensors)
+
+
+def _loading(path: Path) -> Callable[[], object]:
+    return WorkDirectory.create(path, SETTINGS).load_tuning
+
+
+def test_memory_of_the_tuning_state(tmp_path: Path) -> None:
+    """Of a large model it is gigabytes, which are there once and not twice."""
+    size = 16 * 2**21 * 4
+    assert growth(_saving, tmp_path) < size / 2
+    # Once in the process, and once as mapped pages that the system may drop.
+    assert size < growth(_loading, tmp_path) < 2.25 * size
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, -1, -100])
