@@ -54,7 +54,7 @@ def write_text(
         "to let the whole model write text: use --written 0 to tune on the calibration text alone",
     )
     reporter.note(f"the model writes {windows} windows of {length} tokens to be calibrated on")
-    model = load_model(checkpoint, {}, dtype).to(device)
+    model = load_model(checkpoint, {}, device, dtype)
     model.generation_config = GenerationConfig(
         do_sample=True,
         top_k=0,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model.checkpoint import Checkpoint
+from pt2gguf.model.weights import empty_model, fill, frozen, moved, stored_names
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Skeleton:
         """Raises Pt2Error for an architecture that is no causal language model of plain layers."""
         self.checkpoint = checkpoint
         self.config = checkpoint.config.get_text_config(decoder=True)
-        self._model = _meta_model(checkpoint)
+        self._model = empty_model(checkpoint, torch.float32)
         self._layers_name, self.layers = _decoder_layers(self._model, self.config)
         self._body_name, self._body = _body(self._model, self._layers_name)
-        self._stored_names = _stored_names(self._model, checkpoint)
+        self._stored_names = stored_names(self._model, checkpoint)
         self._layers_give_tuples = False  # what the body expects of them; known after `embed`
 
     def __len__(self) -> int:
@@ -73,9 +73,10 @@ class Skeleton:
         self._fill(
             layer,
             f"{self._layers_name}.{index}",
+            device,
             lambda name: self.stored_name(index, name) not in without,
         )
-        return _moved(layer, device)
+        return moved(layer, device)
 
     @torch.no_grad()
     def embed(self, ids: Tensor, batch: int) -> tuple[Tensor, dict[int, list[LayerCall]]]:
@@ -86,10 +87,11 @@ class Skeleton:
         call of every layer. Raises Pt2Error where the layers are not a chain, or depend on the
         tokens by more than the hidden states.
         """
-        hidden: list[Tensor] = []
+        # In its place at once: parts and their concatenation would be twice as much.
+        hidden = torch.empty(*ids.shape, self.config.hidden_size, dtype=torch.float32)
         calls: dict[int, list[LayerCall]] = {}
         with self._body_weights():
-            for part in ids.split(batch):
+            for part, place in zip(ids.split(batch), hidden.split(batch), strict=True):
                 inputs, part_calls = self._record(part)
                 known = calls.setdefault(len(part), part_calls)
                 if not _same(
@@ -100,8 +102,8 @@ class Skeleton:
                         "tokens by another way than the hidden states, which is not supported: "
                         "choose another model"
                     )
-                hidden.append(inputs.float())
-        return torch.cat(hidden), calls
+                place.copy_(inputs)
+        return hidden, calls
 
     def head(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """The function from what the last decoder layer gives to logits, on `device`.
@@ -111,8 +113,9 @@ class Skeleton:
         """
         model = copy.deepcopy(self._model)
         layers = list(model.get_submodule(self._layers_name).children())
-        self._fill(model, "", lambda name: not name.startswith(f"{self._layers_name}."))
-        _moved(model, device)
+        inside = f"{self._layers_name}."
+        self._fill(model, "", device, lambda name: not name.startswith(inside))
+        moved(model, device)
 
         def logits(hidden: Tensor) -> Tensor:
             output = (hidden,) if self._layers_give_tuples else hidden
@@ -123,6 +126,11 @@ class Skeleton:
             return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
         return logits
+
+    def _fill(
+        self, module: nn.Module, prefix: str, device: torch.device, wanted: Callable[[str], bool]
+    ) -> None:
+        fill(module, prefix, self.checkpoint, self._stored_names, device, wanted=wanted)
 
     def _record(self, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Run the body with layers that pass hidden states through; what each was called with."""
@@ -136,7 +144,12 @@ class Skeleton:
     def _body_weights(self) -> Iterator[None]:
         """The body with the weights of everything but its decoder layers."""
         inner = self._layers_name.removeprefix(f"{self._body_name}.")
-        self._fill(self._body, self._body_name, lambda name: not name.startswith(f"{inner}."))
+        self._fill(
+            self._body,
+            self._body_name,
+            torch.device("cpu"),
+            lambda name: not name.startswith(f"{inner}."),
+        )
         try:
             yield
         finally:
@@ -144,60 +157,7 @@ class Skeleton:
                 if not f"{module_name}.".startswith(f"{inner}."):
                     for key, parameter in module._parameters.items():
                         if parameter is not None:
-                            module._parameters[key] = _frozen(parameter.to("meta"))
-
-    def _fill(self, module: nn.Module, prefix: str, wanted: Callable[[str], bool]) -> None:
-        """Replace the wanted parameters, and buffers that checkpoints store, by stored ones."""
-        targets: dict[str, list[tuple[nn.Module, str, bool]]] = {}
-        for owner_name, owner in module.named_modules():
-            saved_buffers = owner._buffers.keys() - owner._non_persistent_buffers_set
-            for key in [*owner._parameters, *sorted(saved_buffers)]:
-                name = f"{owner_name}.{key}" if owner_name else key
-                is_parameter = key in owner._parameters
-                old = owner._parameters[key] if is_parameter else owner._buffers[key]
-                if old is None or not wanted(name):
-                    continue
-                full = f"{prefix}.{name}" if prefix else name
-                stored = self._stored_names.get(full, full)
-                if not is_parameter and stored not in self.checkpoint.tensors:
-                    continue  # what the constructor computed stands
-                targets.setdefault(stored, []).append((owner, key, is_parameter))
-        for stored, tensor in self.checkpoint.read_all(targets):
-            for owner, key, is_parameter in targets[stored]:
-                slot: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
-                if slot[key].shape != tensor.shape:
-                    raise Pt2Error(
-                        f"tensor {stored} has shape {tuple(tensor.shape)} where config.json asks "
-                        f"for {tuple(slot[key].shape)}: config and weights are of different models"
-                    )
-                slot[key] = _frozen(tensor) if is_parameter else tensor.to(slot[key].dtype)
-
-
-def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    config = copy.deepcopy(checkpoint.config)
-    config.use_cache = False
-
-    def build(attention: str) -> PreTrainedModel:
-        # Buffers are computed for real: rotary frequencies are not in the checkpoint.
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32
-            )
-
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise Pt2Error(
-            f"architecture {config.model_type!r} of {checkpoint.path} is not a causal language "
-            "model that transformers can build (AutoModelForCausalLM): convert a decoder model"
-        )
-    try:
-        model = build("sdpa")
-    except ValueError:  # this architecture has no sdpa
-        model = build("eager")
-    except ImportError as error:
-        raise Pt2Error(
-            f"architecture {config.model_type!r} needs a package that is not installed: {error}"
-        ) from error
-    return model.eval()
+                            module._parameters[key] = frozen(parameter.to("meta"))
 
 
 def _decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
@@ -230,32 +190,6 @@ def _body(model: PreTrainedModel, layers_name: str) -> tuple[str, nn.Module]:
         and layers_name.startswith(f"{name}." if name else "")
     ]
     return holders[-1]
-
-
-def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's name for each of the model's tensors that is stored under another name.
-
-    That happens when only the model's body was saved, without the prefix of the whole, and where
-    the head is the embeddings.
-    """
-    prefix = f"{model.base_model_prefix}."
-    names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
-    candidates = {name: name.removeprefix(prefix) for name in names} | {
-        name: prefix + name for name in names if not name.startswith(prefix)
-    }
-    stored_names = {
-        name: stored
-        for name, stored in candidates.items()
-        if name not in checkpoint.tensors and stored in checkpoint.tensors
-    }
-    module_names = {module: name for name, module in model.named_modules()}
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and getattr(model.config, "tie_word_embeddings", False):
-        embedding_name = f"{module_names[embeddings]}.weight"
-        head_name = f"{module_names[head]}.weight"
-        if stored_names.get(head_name, head_name) not in checkpoint.tensors:
-            stored_names[head_name] = stored_names.get(embedding_name, embedding_name)
-    return stored_names
 
 
 class _TupleExpected(Exception):  # noqa: N818 - a signal, not a failure
@@ -303,15 +237,6 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Layer
         return args[0], LayerCall(args[1:], kwargs)
     rest = dict(kwargs)
     return rest.pop("hidden_states"), LayerCall((), rest)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _moved(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` on `device`, but for what has no values yet."""
-    return module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _to(value: Any, device: torch.device) -> Any:

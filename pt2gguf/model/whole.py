@@ -6,27 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from pt2gguf.model.checkpoint import Checkpoint
+from pt2gguf.model.weights import empty_model, fill, moved, stored_names
+
+CPU = torch.device("cpu")
 
 
 def load_model(
-    checkpoint: Checkpoint, replaced: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    replaced: Mapping[str, Tensor],
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """The model on the CPU, with `replaced` (by checkpoint name) for some weights.
+    """The model on `device`, with `replaced` (by checkpoint name) for some weights.
 
-    Raises Pt2Error as `Checkpoint.read` does.
+    Each weight goes there as it is read: a GPU's model is never on the host as a whole.
+    Raises Pt2Error as `Checkpoint.read` does, and if config and weights do not belong together.
     """
-    weights = {
-        name: (replaced[name] if name in replaced else checkpoint.read(name)).to(dtype)
-        for name in checkpoint.tensors
-    }
-    with init_empty_weights():
-        model_class = type(AutoModelForCausalLM.from_config(checkpoint.config))
-    model = model_class.from_pretrained(
-        None, config=checkpoint.config, state_dict=weights, dtype=dtype
-    )
-    return model.eval()
+    model = empty_model(checkpoint, dtype)
+    names = stored_names(model, checkpoint)
+    fill(model, "", checkpoint, names, device, replaced=replaced)
+    return moved(model, device)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from memory import growth
 from safetensors.torch import load_file, save_file
 from small_models import CONFIGS, VOCABULARY, make_model, save_model
 
@@ -75,6 +77,18 @@ def _other_model(kind: str):
         **extra,
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def _embedding(path: Path) -> Callable[[], object]:
+    skeleton = Skeleton(Checkpoint(path))
+    skeleton.embed(_ids(1, 64), batch=1)  # what is set up once
+    ids = _ids(8192, 64)
+    return lambda: skeleton.embed(ids, batch=64)
+
+
+def test_embedding_takes_the_memory_of_its_result(tmp_path: Path) -> None:
+    path = save_model(tmp_path, "llama", num_hidden_layers=1)
+    assert growth(_embedding, path) < 1.5 * 8192 * 64 * 128 * 4
 
 
 def test_one_layer_at_a_time(tmp_path: Path) -> None:
