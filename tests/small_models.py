@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -61,4 +63,22 @@ def save_model(
 ) -> Path:
     """Save such a model at `path` and return it."""
     make_model(kind, **changes).to(dtype).save_pretrained(path)
+    return path
+
+
+def save_shape(path: Path, config: PretrainedConfig) -> Path:
+    """A float16 checkpoint of zeros at `path`, of any size: its file is all hole."""
+    config.save_pretrained(path)
+    with init_empty_weights():
+        shapes = {
+            n: t.shape for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
     return path

@@ -19,8 +19,11 @@ SQUARES, WEIGHTS = 10, 6
 # Tensors (tokens, widest) alive at once in a forward pass, and in one whose gradients are wanted.
 ACTIVATIONS, KEPT_ACTIVATIONS = 8, 24
 # Numbers for each block of 128 weights while grids are tuned: alpha and mu, and for each of them a
-# change, its gradient and Adam's two moments.
-GRID_NUMBERS = 10
+# change, its gradient and Adam's two moments. Of these are saved: the changes and the moments.
+GRID_NUMBERS, SAVED_NUMBERS = 10, 6
+# Bytes for each element of a tensor while it is read: as stored, as float32, and whether it is
+# finite.
+READING = FLOAT16 + FLOAT32 + 1
 # Tensors (tokens, vocabulary) alive at once when logits are compared.
 LOGITS = 6
 DESCRIPTION = 1024  # bytes about one weight in its layer's file, with names and report
@@ -72,17 +75,17 @@ def estimate(
     """
     copies = 2 if full_precision else 1
     hidden = (copies * samples * length + further_tokens) * hidden_size * FLOAT32
-    body = body_parameters * (FLOAT16 + FLOAT32)  # as stored, and as computed with
+    body = body_parameters * READING
     widest = max((max(group) for group in layer.groups), default=hidden_size)
     forward = ACTIVATIONS * batch * length * widest * FLOAT32
     work = max((SQUARES * m * m + WEIGHTS * n * m for n, m in layer.groups), default=0) * FLOAT64
-    layers = copies * layer.parameters * FLOAT32
-    compute = layers + layer.statistics + max(forward, work)
+    compute = copies * layer.parameters * FLOAT32 + layer.statistics + max(forward, work)
     # Two bits a weight, alpha and mu for 128 of them, the permutation, and the description.
     disk = sum(n * m // 4 + n * m // 32 + 4 * m + DESCRIPTION for n, m in ternary)
     if on_gpu:
-        return Needs(host=max(body, layers) + 2 * hidden, gpu=compute, disk=disk)
-    return Needs(host=hidden + max(body + hidden, compute), gpu=0, disk=disk)
+        # Weights pass through the host one by one, as if all of a layer were one.
+        return Needs(host=hidden + max(body, layer.parameters * READING), gpu=compute, disk=disk)
+    return Needs(host=hidden + max(body, compute), gpu=0, disk=disk)
 
 
 def estimate_tuning(
@@ -112,9 +115,10 @@ def estimate_tuning(
     activations = step_tokens * (KEPT_ACTIVATIONS * widest + layers * hidden_size) * FLOAT32
     compute = model + dense + activations + LOGITS * head_tokens * vocabulary * FLOAT32
     hidden = 2 * tokens * hidden_size * FLOAT32  # what enters the layers, and what should leave
-    disk = blocks * (6 * FLOAT32 + 2 * FLOAT16) + 2 * DESCRIPTION * len(ternary)
+    saved = blocks * SAVED_NUMBERS * FLOAT32
+    disk = saved + blocks * 2 * FLOAT16 + 2 * DESCRIPTION * len(ternary)
     if on_gpu:
-        return Needs(host=hidden, gpu=compute, disk=disk)
+        return Needs(host=hidden + max(other_parameters * READING, saved), gpu=compute, disk=disk)
     return Needs(host=hidden + compute, gpu=0, disk=disk)
 
 

@@ -8,6 +8,7 @@ LLM-QAT, Liu et al. 2023.)
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import GenerationConfig
 from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
-from pt2gguf.convert.resources import FLOAT32, Needs, require_memory
+from pt2gguf.convert.resources import FLOAT32, READING, Needs, require_memory
 from pt2gguf.model import Checkpoint, load_model
 
 LONGEST = 512  # tokens: what is enough to vary, and the keys and values of which fit in memory
@@ -45,11 +46,14 @@ def write_text(
     config = checkpoint.config.get_text_config(decoder=True)
     window_bytes = _cache_bytes(config, length, dtype.itemsize)
     batch = max(1, min(windows, CACHE_BYTES // window_bytes))
-    parameters = sum(tensor.elements for tensor in checkpoint.tensors.values())
-    needed = parameters * dtype.itemsize + batch * (window_bytes + 3 * config.vocab_size * FLOAT32)
     on_gpu = device.type == "cuda"
     require_memory(
-        Needs(host=needed, gpu=needed if on_gpu else 0, disk=0),
+        _needs(
+            [tensor.elements for tensor in checkpoint.tensors.values()],
+            dtype.itemsize,
+            batch * (window_bytes + 3 * config.vocab_size * FLOAT32),
+            on_gpu,
+        ),
         device,
         "to let the whole model write text: use --written 0 to tune on the calibration text alone",
     )
@@ -80,6 +84,15 @@ def write_text(
 def written_length(calibration_length: int) -> int:
     """Tokens in a window that the model writes."""
     return min(calibration_length, LONGEST)
+
+
+def _needs(elements: Sequence[int], item: int, writing: int, on_gpu: bool) -> Needs:
+    """elements: of each of the model's tensors; writing: bytes besides the model."""
+    model = sum(elements) * item + writing
+    reading = max(elements) * READING
+    if on_gpu:
+        return Needs(host=reading, gpu=model, disk=0)
+    return Needs(host=reading + model, gpu=0, disk=0)
 
 
 def _cache_bytes(config: Any, length: int, item: int) -> int:

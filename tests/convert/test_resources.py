@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import save_model
+from small_models import save_model, save_shape
+from transformers import LlamaConfig
 
-from pt2gguf.convert import resources, tuning
+from pt2gguf.convert import resources, tuning, writing
 from pt2gguf.convert.calibration import Calibration
-from pt2gguf.convert.resources import LayerSize, available_memory, estimate, require_disk
+from pt2gguf.convert.progress import SilentReporter
+from pt2gguf.convert.resources import (
+    LayerSize,
+    Needs,
+    available_memory,
+    estimate,
+    require_disk,
+)
 from pt2gguf.convert.run import conversion_needs, make_plan, ternarize_checkpoint
+from pt2gguf.convert.writing import write_text
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import Checkpoint, Skeleton
 from pt2gguf.ternary import METHODS
@@ -111,6 +120,59 @@ def test_estimate_follows_its_parts() -> None:
     on_gpu = estimate(**{**base, "on_gpu": True})
     assert on_gpu.gpu >= 2 * 4 * 10**6 + 16 * 1024**2
     assert on_gpu.disk == needs.disk
+    # The layer and its copy are on the GPU, and the hidden states may have to stay on the host.
+    assert hidden < on_gpu.host < needs.host
+    one = estimate(**{**base, "on_gpu": True, "full_precision": False})
+    assert one.host == on_gpu.host - hidden // 2
+
+
+LLAMA_65B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=8192,
+    intermediate_size=22016,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    max_position_embeddings=2048,
+)
+
+
+def test_host_memory_for_65b_on_a_gpu(tmp_path: Path) -> None:
+    skeleton = Skeleton(Checkpoint(save_shape(tmp_path, LLAMA_65B)))
+    plan = make_plan(skeleton, lambda name: None)
+    method = replace(METHODS["default"], written_windows=64)
+    calibration = Calibration(torch.zeros(128, 2048, dtype=torch.int64), {})
+    needs = conversion_needs(skeleton, plan, method, calibration, torch.device("cuda"))
+    # While the grids are tuned: hidden states before and after the layers, and what is saved of
+    # the changes of alpha and mu and of Adam's moments.
+    hidden = 2 * (128 * 2048 + 64 * 512) * 8192 * 4
+    saved = 3 * 2 * sum(n * m for n, m in plan.ternary.values()) // 128 * 4
+    assert hidden + saved <= needs.host < 40e9
+    # The largest layer, twice, and its statistics have to find room.
+    assert needs.gpu > 2 * plan.layer.parameters * 4 + plan.layer.statistics
+
+
+def test_host_memory_of_writing_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model goes to the GPU; through the host goes one tensor at a time."""
+    checkpoint = Checkpoint(save_shape(tmp_path, LLAMA_65B))
+
+    class AskedFor(Exception):  # noqa: N818
+        pass
+
+    def stop(needs: Needs, device: torch.device, purpose: str) -> None:
+        raise AskedFor(needs)
+
+    monkeypatch.setattr(writing, "require_memory", stop)
+    monkeypatch.setattr(writing, "computes_bfloat16", lambda device: True)
+    found = {}
+    for device in ("cuda", "cpu"):
+        with pytest.raises(AskedFor) as asked:
+            write_text(checkpoint, 64, IDS, torch.device(device), SilentReporter())
+        found[device] = asked.value.args[0]
+    weights = 2 * sum(tensor.elements for tensor in checkpoint.tensors.values())
+    assert 32000 * 8192 * 6 < found["cuda"].host < 4e9
+    assert found["cuda"].gpu > weights
+    assert found["cpu"].host > weights
+    assert found["cpu"].gpu == 0
 
 
 @pytest.mark.parametrize(
