@@ -3,10 +3,14 @@
     python benchmarks/ablation.py MODEL [--seeds 0 1 2] [--device cuda]
 
 Ternarizes MODEL once for each row and seed, and measures perplexity in transformers on the
-dequantized weights (windows of 512 tokens, the first 200 of each text). The web text serves twice:
-its first half to calibrate on, its second half to test on. What was measured is kept in
-benchmarks/results/ablation-MODEL.json, so that an interrupted run goes on; benchmarks/tables.py
-makes tables of it.
+dequantized weights, as papers do: over all positions of the first 200 windows of 512 tokens of each
+text. The web text serves twice: its first half to calibrate on, its second half to test on. What
+was measured is kept in benchmarks/results/ablation-MODEL.json, so that an interrupted run goes on;
+benchmarks/tables.py and plots.py show tiny-4m's.
+
+The figures for llama-30m in docs/quality.md come from another program with the same rows
+(results/paper-tables-h100.log): it scored the second half of each window, as llama-perplexity does,
+which gives lower perplexities, and all of heldout-web.
 """
 
 from __future__ import annotations
@@ -117,7 +121,7 @@ def measure(
         weights = {n: w for index in layers for n, w in done.final_weights(index).items()}
         done.remove()
     dense = {name: weight.dequantize() for name, weight in weights.items()}
-    quantized = load_model(checkpoint, dense).to(usable_device(device))
+    quantized = load_model(checkpoint, dense, usable_device(device))
     tokenizer = load_tokenizer(model)
     return {
         name: perplexity(
