@@ -1,10 +1,10 @@
-"""Train the Qwen3-shaped model of the benchmarks: QK-norm, tied embeddings, 14 million parameters.
+"""Train the Qwen3-shaped model of the benchmarks: QK-norm, tied embeddings, 23 million parameters.
 
     python benchmarks/train_qwen3.py TEACHER OUT [--windows N] [--epochs N] [--device cuda]
 
 No data set is needed and no test text is touched: TEACHER (llama-30m) samples the text, and the
-new model learns the teacher's whole distribution of each next token (forward KL divergence). On an
-H100 the defaults take 195 seconds. OUT becomes a checkpoint with the teacher's tokenizer.
+new model learns the teacher's whole distribution of each next token (forward KL divergence). It
+takes a few minutes of an H100. OUT becomes a checkpoint with the teacher's tokenizer.
 """
 
 from __future__ import annotations
