@@ -25,6 +25,7 @@ def main() -> None:
     replace(QUALITY, "tiny-4m", quality_table(load("quality-tiny-4m")))
     replace(QUALITY, "qwen3", quality_table(load("quality-qwen3-distilled")))
     replace(QUALITY, "table1", table1(load("table1-tiny-4m")))
+    replace(QUALITY, "table2-tiny-4m", table2(load("ablation-tiny-4m")))
     replace(QUALITY, "table3", table3())
     cpu = load("cpu")
     replace(README, "speed", cpu_table(cpu))
@@ -96,6 +97,19 @@ def table1(record: dict) -> str:
             for row in rows
         ],
     )
+
+
+def table2(results: list[dict]) -> str:
+    """Perplexities of benchmarks/ablation.py: geometric means over the seeds."""
+    texts = list(results[0]["perplexity"])
+    seeds = {result["seed"] for result in results}
+    rows = []
+    for name in dict.fromkeys(result["name"] for result in results):
+        of_row = [r["perplexity"] for r in results if r["name"] == name]
+        means = [statistics.geometric_mean(p[text] for p in of_row) for text in texts]
+        rows.append((name, *(f"{mean:.1f}" for mean in means)))
+    plural = "s" * (len(seeds) > 1)
+    return table((f"{len(seeds)} seed{plural}", *texts), rows)
 
 
 def table3_sizes() -> list[tuple[str, int, int, str]]:
