@@ -1,8 +1,8 @@
 // The ternary types on CUDA (and HIP): what the hooks in upstream's files refer to.
 //
-// Up to 8 columns go to a matvec of our own (pt2-mmvq.cu), more of them to upstream's matmul with
-// our tile loader and dot product (pt2-mmq.cuh). Both quantize the activations first and gather
-// their columns while doing so (pt2-quantize.cu). Nothing is ever dequantized for cuBLAS.
+// Up to 8 columns go to a matvec (pt2-mmvq.cu), more to a matmul: one for Hopper (pt2-hopper.cu), one
+// for Ampere and newer (pt2-matmul.cu), or upstream's with our tile loader (pt2-mmq.cuh). All quantize
+// the activations first and gather their columns on the way. Nothing is dequantized for cuBLAS.
 #pragma once
 
 #include "common.cuh"

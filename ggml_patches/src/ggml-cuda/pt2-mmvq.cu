@@ -8,6 +8,7 @@
 #include "mmq.cuh"
 #include "mmvq.cuh"
 #include "pt2-cuda.cuh"
+#include "pt2-hopper.cuh"
 #include "unary.cuh"
 
 #define PT2_MMV_WARPS 4
@@ -532,7 +533,7 @@ void ggml_cuda_pt2_mul_mat(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         ggml_cuda_pt2_mul_mat_vec(ctx, src0, src1, dst, nullptr);
         return;
     }
-    if (pt2_mul_mat_many(ctx, dst)) {
+    if (pt2_mul_mat_hopper(ctx, dst) || pt2_mul_mat_many(ctx, dst)) {
         return;
     }
     if (may_read_behind_rows(src0)) {

@@ -1,0 +1,13 @@
+// Matmul for many columns on Hopper.
+#pragma once
+
+#include "pt2-cuda.cuh"
+
+// false: this product is not for it
+#if defined(PT2_HOPPER) // the compiler knows sm_90a
+bool pt2_mul_mat_hopper(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+#else
+static inline bool pt2_mul_mat_hopper(ggml_backend_cuda_context &, ggml_tensor *) {
+    return false;
+}
+#endif
