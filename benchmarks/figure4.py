@@ -24,6 +24,7 @@ from synthetic import SHAPES, write_model
 
 from pt2gguf.native.installation import find_installation
 
+TYPES = ("TQ2_1", "TQ1_1", "Q2_K", "IQ2_XXS")
 PANELS = {"pp128": "prefill, 128 tokens", "tg256": "decode, 256", "pp128+tg256": "end to end"}
 TESTS = ["-p", "128,512", "-n", "256", "-pg", "128,256"]
 RESULT = RESULTS / "figure4.csv"
@@ -33,7 +34,7 @@ COLUMNS = ("shape", "type", "bytes", "test", "tokens/s", "all", "machine", "comm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["7b", "13b", "30b", "65b"], choices=SHAPES)
-    parser.add_argument("--types", nargs="+", default=["TQ2_1", "TQ1_1", "Q2_K", "IQ2_XXS"])
+    parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument(
         "--models", type=Path, help="where to write models; default: a temporary one"
@@ -89,9 +90,9 @@ def measure(file: Path, shape: str, kind: str, repetitions: int) -> list[dict[st
 
 
 def figure(rows: list[dict[str, str]]) -> Figure:
-    """Tokens per second by size, a panel for each of the paper's three."""
+    """Tokens per second of TYPES by size, a panel for each of the paper's three."""
     shapes = [shape for shape in SHAPES if any(row["shape"] == shape for row in rows)]
-    kinds = list(dict.fromkeys(row["type"] for row in rows))
+    kinds = [kind for kind in TYPES if any(row["type"] == kind for row in rows)]
     drawn = Figure(figsize=(12, 4), layout="constrained")
     for axes, (test, title) in zip(drawn.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for number, kind in enumerate(kinds):
@@ -103,7 +104,7 @@ def figure(rows: list[dict[str, str]]) -> Figure:
             places = [place + 0.8 * number / len(kinds) for place in range(len(shapes))]
             heights = [rates.get(shape, 0.0) for shape in shapes]
             ours = kind.startswith("TQ")
-            shade = 0.5 + 0.5 * (number % 2)
+            shade = 1 - 0.5 * (number % 2)
             bars = axes.bar(
                 places, heights, 0.8 / len(kinds), label=kind, color=OURS if ours else THEIRS
             )

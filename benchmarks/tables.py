@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import REPOSITORY, RESULTS, bench_test, spread
+from common import REPOSITORY, RESULTS, spread
 from cpu import RATIOS, TESTS
 
 README = REPOSITORY / "README.md"
@@ -33,7 +33,8 @@ def main() -> None:
     replace(SPEED, "cpu-ratios", cpu_ratios(cpu))
     replace(SPEED, "cpu-limits", cpu_limits(cpu))
     replace(SPEED, "cpu-batches", cpu_batches(cpu))
-    replace(SPEED, "cuda", cuda_table())
+    replace(README, "gpu", figure4_table())
+    replace(SPEED, "gpu-ratios", figure4_ratios())
     replace(QUALITY, "fidelity", fidelity_table(load("fidelity-llama-30m")))
     replace(QUALITY, "complexity", complexity_table(load("complexity-cpu")))
     bounds = load("bounds-llama-30m")
@@ -45,6 +46,8 @@ def main() -> None:
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
+
+GPU_TESTS = ("pp128", "pp512", "tg256", "pp128+tg256")
 
 # What the README shows: the files that others would pick, and ours.
 SHORT = (
@@ -121,7 +124,9 @@ def table3_sizes() -> list[tuple[str, int, int, str]]:
         ours = sizes["TQ1_1.gguf"]
         seconds = next(c["seconds"] for c in record["conversions"] if c["name"] == "TQ1_1")
         rows.append((model, sizes["F16"], ours, f"{seconds:.0f} s, two cores"))
-    sizes = {run["file"]: int(run["model_size"]) for run in cuda_runs()}
+    sizes = {
+        kind: int(rate["bytes"]) for (shape, kind), rate in figure4_rates().items() if shape == "7b"
+    }
     whole = re.search(r"together ([0-9.]+) s", (RESULTS / "large-7b-h200.log").read_text())
     assert whole is not None
     rows.append(("7B shape", sizes["F16"], sizes["TQ1_1"], f"{float(whole[1]):.0f} s, one H200"))
@@ -185,21 +190,46 @@ def cpu_batches(cpu: dict) -> str:
     return table(("columns", *sizes), rows)
 
 
-def cuda_runs() -> list[dict[str, str]]:
-    lines = (RESULTS / "cuda-7b-h200.csv").read_text().splitlines()
-    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+def figure4_rates() -> dict[tuple[str, str], dict[str, float]]:
+    """Of each shape and type, tokens per second by test and the size of the file in bytes."""
+    rates: dict[tuple[str, str], dict[str, float]] = {}
+    with (RESULTS / "figure4.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            of_file = rates.setdefault((row["shape"], row["type"]), {"bytes": float(row["bytes"])})
+            of_file[row["test"]] = float(row["tokens/s"])
+    return rates
 
 
-def cuda_table() -> str:
-    files: dict[str, dict[str, str]] = {}
-    for run in cuda_runs():
-        rate = f"{float(run['avg_ts']):.0f} ± {float(run['stddev_ts']):.0f}"
-        files.setdefault(run["file"], {"GB": f"{int(run['model_size']) / 1e9:.2f}"})[
-            bench_test(run)
-        ] = rate
-    columns = tuple(next(iter(files.values())))
-    rows = [(name, *(cells[column] for column in columns)) for name, cells in files.items()]
-    return table(("type", *columns), rows)
+def figure4_table() -> str:
+    rates = figure4_rates()
+    rows = [
+        (
+            shape.upper(),
+            kind,
+            f"{rate['bytes'] / 1e9:.2f}",
+            *(f"{rate[test]:.0f}" for test in GPU_TESTS),
+        )
+        for (shape, kind), rate in sorted(rates.items(), key=lambda item: _by_size(item[0]))
+    ]
+    return table(("LLaMA", "type", "GB", *GPU_TESTS), rows)
+
+
+def figure4_ratios() -> str:
+    """How much faster than Q2_K the ternary types are."""
+    rates = figure4_rates()
+    rows = []
+    for shape, kind in rates:
+        if kind.startswith("TQ"):
+            theirs = rates[shape, "Q2_K"]
+            ratios = (f"{rates[shape, kind][test] / theirs[test]:.2f}" for test in GPU_TESTS)
+            rows.append((f"{shape.upper()}, {kind} / Q2_K", *ratios))
+    return table(("", *GPU_TESTS), sorted(rows, key=lambda row: float(row[0].split("B")[0])))
+
+
+def _by_size(shape_and_kind: tuple[str, str]) -> tuple[float, int]:
+    kinds = ("TQ2_1", "TQ1_1", "Q2_K", "IQ2_XXS", "F16")
+    shape, kind = shape_and_kind
+    return float(shape.removesuffix("b")), kinds.index(kind)
 
 
 def fidelity_table(fidelity: dict) -> str:
