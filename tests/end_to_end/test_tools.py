@@ -247,7 +247,7 @@ def test_backend_ops(installation, operation) -> None:
         if operation != "GET_ROWS":
             permuted = [case for case in of_type if case.startswith("type=")]
             columns = {int(re.search(r"n=(\d+)", case)[1]) for case in permuted}
-            assert columns == {1, 2, 3, 5, 8, 9, 17, 33, 128, 512}
+            assert columns == {1, 2, 3, 5, 8, 9, 17, 33, 65, 128, 512}
 
 
 # making files -----------------------------------------------------------------------------------
