@@ -29,7 +29,12 @@ SHARED_WORK = ["--work=default.work", "--keep-work"]
 CONVERSIONS = {
     "TQ1_1": SHARED_WORK,
     "TQ1_1, --method paper": ["--method=paper"],
+    "TQ1_1, --seed 1": ["--seed=1"],
+    "TQ1_1, --seed 2": ["--seed=2"],
     "TQ1_1, embeddings Q5_K": [*SHARED_WORK, "--embedding-type=q5_k"],
+    "TQ1_1, output Q5_K": [*SHARED_WORK, "--output-type=q5_k"],
+    "TQ1_1, both Q5_K": [*SHARED_WORK, "--embedding-type=q5_k", "--output-type=q5_k"],
+    "TQ1_1, both Q4_K": [*SHARED_WORK, "--embedding-type=q4_k", "--output-type=q4_k"],
     "TQ1_1, --no-tuning --written 0": ["--no-tuning", "--written=0"],
     "TQ1_1, --budget 2.67": ["--budget=2.67"],
     "TQ1_1, --written 256": ["--written=256"],
