@@ -19,7 +19,7 @@ endforeach()
 foreach(target ggml-cuda ggml-hip)
     if(TARGET ${target})
         set(sources)
-        foreach(name pt2-dequantize pt2-matmul pt2-mmq-tq1_1 pt2-mmq-tq2_1 pt2-mmvq pt2-quantize)
+        foreach(name pt2-dequantize pt2-group pt2-matmul pt2-mmq-tq1_1 pt2-mmq-tq2_1 pt2-mmvq pt2-quantize)
             list(APPEND sources "${PT2_PATCHES}/src/ggml-cuda/${name}.cu")
         endforeach()
         target_sources(${target} PRIVATE ${sources})
@@ -48,7 +48,8 @@ if(TARGET ggml-cuda)
         target_link_libraries(pt2-hopper PRIVATE ggml-base)
         target_compile_definitions(pt2-hopper PRIVATE PT2_HOPPER)
         target_sources(ggml-cuda PRIVATE $<TARGET_OBJECTS:pt2-hopper>)
-        set_source_files_properties("${PT2_PATCHES}/src/ggml-cuda/pt2-mmvq.cu" TARGET_DIRECTORY ggml-cuda
+        set_source_files_properties("${PT2_PATCHES}/src/ggml-cuda/pt2-mmvq.cu"
+            "${PT2_PATCHES}/src/ggml-cuda/pt2-group.cu" TARGET_DIRECTORY ggml-cuda
             PROPERTIES COMPILE_DEFINITIONS PT2_HOPPER)
     endif()
 endif()

@@ -108,10 +108,6 @@ struct pt2_vec_scales {
 };
 static_assert(sizeof(pt2_vec_scales) == 32, "read as two vectors of four");
 
-// perms: up to two different column orders (NULL: as they are), for one set of rows each.
-void pt2_quantize_vec(ggml_type type, const ggml_tensor * x, const ggml_tensor * const * perms, int n_perms,
-                      int8_t * qs, pt2_vec_scales * scales, cudaStream_t stream);
-
 // in ggml_cuda_mul_mat_q: block_q8_1_mmq with scale and sum. ids as in upstream's functions for the
 // same; n_scatter > 0: each row is written n_scatter times, to the rows ids says.
 void pt2_quantize_mmq(const float * x, const ggml_tensor * perm, const int32_t * ids, int n_scatter, void * y,

@@ -15,6 +15,8 @@
 // the results come together through distributed shared memory, always in the same order.
 #include "pt2-hopper.cuh"
 
+#include "pt2-group.cuh"
+
 #define PT2_HOPPER_THREADS     256
 #define PT2_HOPPER_WARPS       (PT2_HOPPER_THREADS / WARP_SIZE)
 #define PT2_HOPPER_ROWS        128
@@ -37,13 +39,12 @@ template <int N> struct hopper_shared {
 };
 
 struct hopper_args {
-    const char * x;
+    pt2_group group;
     const void * y; // tiles
-    float * dst;
-    int pairs, nrows, ncols, cluster;
+    int pairs, ncols, cluster;
     int64_t nb01, nb02, nb03;
     uint3 ne12, r2, r3;
-    int64_t s1, s2, s3;
+    int64_t s2, s3;
 };
 
 // A tile's place and the operands' places in it ---------------------------------------------------------------------
@@ -321,7 +322,8 @@ __launch_bounds__(PT2_HOPPER_THREADS, N == 64 ? 2 : 1) static __global__ void mu
     const int warp = threadIdx.x / WARP_SIZE;
     const int lane = threadIdx.x % WARP_SIZE;
     const int t = lane % 4;
-    const int row0 = blockIdx.y * PT2_HOPPER_ROWS;
+    const pt2_product & product = args.group.of(blockIdx.y);
+    const int row0 = (blockIdx.y - product.first_block) * PT2_HOPPER_ROWS;
     const int col0 = blockIdx.x * N;
     const int rank = blockIdx.z % args.cluster;
     const int channel = blockIdx.z / args.cluster;
@@ -353,13 +355,13 @@ __launch_bounds__(PT2_HOPPER_THREADS, N == 64 ? 2 : 1) static __global__ void mu
     // This warp's 16 rows of a pair of blocks, word by word: rows are no more aligned than that.
     constexpr int words = 2 * ggml_cuda_type_traits<type>::bs / sizeof(int);
     constexpr int copies = (16 * words + WARP_SIZE - 1) / WARP_SIZE;
-    const char * x = args.x + fastdiv(i32.y, args.r2) * args.nb02 + fastdiv(i32.x, args.r3) * args.nb03 +
+    const char * x = product.x + fastdiv(i32.y, args.r2) * args.nb02 + fastdiv(i32.x, args.r3) * args.nb03 +
                      row0 * args.nb01 + first_pair * words * sizeof(int);
     uint32_t x_offset[copies];
 #pragma unroll
     for (int i = 0; i < copies; ++i) {
         const int word = WARP_SIZE * i + lane;
-        const int row = min(16 * warp + word / words, args.nrows - 1 - row0);
+        const int row = min(16 * warp + word / words, product.nrows - 1 - row0);
         x_offset[i] = row * (uint32_t) args.nb01 + word % words * sizeof(int);
     }
     const auto load_rows = [&](const int p) {
@@ -476,7 +478,7 @@ __launch_bounds__(PT2_HOPPER_THREADS, N == 64 ? 2 : 1) static __global__ void mu
         }
     }
 
-    float * dst = args.dst + i32.x * args.s3 + i32.y * args.s2;
+    float * dst = product.dst + i32.x * args.s3 + i32.y * args.s2;
     const auto each_result = [&](const auto & function) { // function(row, column in the tile, value)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -488,8 +490,8 @@ __launch_bounds__(PT2_HOPPER_THREADS, N == 64 ? 2 : 1) static __global__ void mu
     };
     if (args.cluster == 1) {
         each_result([&](const int row, const int col, const float value) {
-            if (row0 + row < args.nrows && col0 + col < args.ncols) {
-                dst[(col0 + col) * args.s1 + row0 + row] = value;
+            if (row0 + row < product.nrows && col0 + col < args.ncols) {
+                dst[(col0 + col) * product.s1 + row0 + row] = value;
             }
         });
         return;
@@ -511,8 +513,8 @@ __launch_bounds__(PT2_HOPPER_THREADS, N == 64 ? 2 : 1) static __global__ void mu
         const float values[4] = { total.x, total.y, total.z, total.w };
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if (row0 + 4 * lane + i < args.nrows) {
-                dst[(col0 + col) * args.s1 + row0 + 4 * lane + i] = values[i];
+            if (row0 + 4 * lane + i < product.nrows) {
+                dst[(col0 + col) * product.s1 + row0 + 4 * lane + i] = values[i];
             }
         }
     }
@@ -564,14 +566,21 @@ template <ggml_type type, int N> static int choose_cluster(const dim3 tiles, con
     return best;
 }
 
-template <ggml_type type, int N> static void mul_mat_in_tiles(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+template <ggml_type type, int N>
+static void mul_mat_in_tiles(ggml_backend_cuda_context & ctx, ggml_tensor * const * dsts, const int n) {
+    const ggml_tensor * dst = dsts[0];
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * perm = ggml_mul_mat_get_perm(dst);
     cudaStream_t stream = ctx.stream();
     const int nblocks = src0->ne[0] / QK_PT2;
     const int64_t channels = src1->ne[2] * src1->ne[3];
-    const dim3 tiles((src1->ne[1] + N - 1) / N, (src0->ne[1] + PT2_HOPPER_ROWS - 1) / PT2_HOPPER_ROWS, channels);
+
+    hopper_args args = {};
+    for (int i = 0; i < n; ++i) {
+        args.group.add(dsts[i]->src[0], dsts[i]);
+    }
+    const dim3 tiles((src1->ne[1] + N - 1) / N, args.group.place(PT2_HOPPER_ROWS), channels);
 
     ggml_cuda_pool_alloc<char> y(ctx.pool(), channels * tiles.x * (nblocks / 2) * sizeof(hopper_tile<N>));
     const uint3 ne12 = init_fastdiv_values(src1->ne[2]);
@@ -580,12 +589,8 @@ template <ggml_type type, int N> static void mul_mat_in_tiles(ggml_backend_cuda_
         ne12, src1->nb[1] / sizeof(float), src1->nb[2] / sizeof(float), src1->nb[3] / sizeof(float));
     CUDA_CHECK(cudaGetLastError());
 
-    hopper_args args = {};
-    args.x = (const char *) src0->data;
     args.y = y.get();
-    args.dst = (float *) dst->data;
     args.pairs = nblocks / 2;
-    args.nrows = src0->ne[1];
     args.ncols = src1->ne[1];
     args.nb01 = src0->nb[1];
     args.nb02 = src0->nb[2];
@@ -593,7 +598,6 @@ template <ggml_type type, int N> static void mul_mat_in_tiles(ggml_backend_cuda_
     args.ne12 = ne12;
     args.r2 = init_fastdiv_values(src1->ne[2] / src0->ne[2]);
     args.r3 = init_fastdiv_values(src1->ne[3] / src0->ne[3]);
-    args.s1 = dst->nb[1] / sizeof(float);
     args.s2 = dst->nb[2] / sizeof(float);
     args.s3 = dst->nb[3] / sizeof(float);
 
@@ -605,29 +609,33 @@ template <ggml_type type, int N> static void mul_mat_in_tiles(ggml_backend_cuda_
     CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, args));
 }
 
-template <ggml_type type> static void mul_mat_of_type(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (dst->src[1]->ne[1] <= 64) {
-        mul_mat_in_tiles<type, 64>(ctx, dst);
+template <ggml_type type>
+static void mul_mat_of_type(ggml_backend_cuda_context & ctx, ggml_tensor * const * dsts, const int n) {
+    if (dsts[0]->ne[1] <= 64) {
+        mul_mat_in_tiles<type, 64>(ctx, dsts, n);
     } else {
-        mul_mat_in_tiles<type, 128>(ctx, dst);
+        mul_mat_in_tiles<type, 128>(ctx, dsts, n);
     }
 }
 
-bool pt2_mul_mat_hopper(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+static bool fits(const ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
-    const int64_t channels = src1->ne[2] * src1->ne[3];
-    const bool fits = src0->ne[0] % (2 * QK_PT2) == 0 && src0->nb[1] % sizeof(int) == 0 &&
-                      PT2_HOPPER_ROWS * src0->nb[1] < INT32_MAX && (uintptr_t) src0->data % sizeof(int) == 0 &&
-                      channels * PT2_HOPPER_MAX_CLUSTER < 65536 && src0->ne[1] <= 65535 * PT2_HOPPER_ROWS;
-    if (ggml_cuda_info().devices[ggml_cuda_get_device()].cc != GGML_CUDA_CC_HOPPER || dst->op != GGML_OP_MUL_MAT ||
-        !fits) {
+    return dst->op == GGML_OP_MUL_MAT && src0->ne[0] % (2 * QK_PT2) == 0 && src0->nb[1] % sizeof(int) == 0 &&
+           PT2_HOPPER_ROWS * src0->nb[1] < INT32_MAX && (uintptr_t) src0->data % sizeof(int) == 0 &&
+           src1->ne[2] * src1->ne[3] * PT2_HOPPER_MAX_CLUSTER < 65536 &&
+           src0->ne[1] <= 65535 / PT2_GROUP * PT2_HOPPER_ROWS;
+}
+
+bool pt2_mul_mat_hopper(ggml_backend_cuda_context & ctx, ggml_tensor * const * dsts, const int n) {
+    if (ggml_cuda_info().devices[ggml_cuda_get_device()].cc != GGML_CUDA_CC_HOPPER ||
+        !std::all_of(dsts, dsts + n, fits)) {
         return false;
     }
-    if (src0->type == GGML_TYPE_TQ2_1) {
-        mul_mat_of_type<GGML_TYPE_TQ2_1>(ctx, dst);
+    if (dsts[0]->src[0]->type == GGML_TYPE_TQ2_1) {
+        mul_mat_of_type<GGML_TYPE_TQ2_1>(ctx, dsts, n);
     } else {
-        mul_mat_of_type<GGML_TYPE_TQ1_1>(ctx, dst);
+        mul_mat_of_type<GGML_TYPE_TQ1_1>(ctx, dsts, n);
     }
     return true;
 }

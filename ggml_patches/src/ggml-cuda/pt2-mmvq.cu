@@ -8,13 +8,14 @@
 #include "mmq.cuh"
 #include "mmvq.cuh"
 #include "pt2-cuda.cuh"
+#include "pt2-group.cuh"
 #include "pt2-hopper.cuh"
 #include "unary.cuh"
 
 #define PT2_MMV_WARPS 4
 
 struct mmv_args {
-    const char * x;            // weights
+    pt2_group group;           // the weights and where the results go, more than one only for matrices
     const char * gate;         // weights of the gate, or NULL
     const int8_t * y;          // quantized activations
     const int8_t * y_gate;     // the same in the gate's column order
@@ -23,15 +24,13 @@ struct mmv_args {
     const int32_t * ids; // experts, or NULL
     const float * bias;  // NULL, or like dst, or for ids one row per expert
     const float * gate_bias;
-    float * dst;
-    int nblocks;   // per row
-    int nblocks_y; // per row of y, with padding
-    int nrows;
+    int nblocks;              // per row
+    int nblocks_y;            // per row of y, with padding
     int64_t nb01, nb02, nb03; // bytes
     uint3 ne12;               // channels of y, for ids rows of y per token
     uint3 r2, r3;             // channels and samples of y for one of x
     int64_t stride_y;         // rows of y from one channel, for ids one token, to the next
-    int64_t s1, s2, s3;       // of dst and bias, in elements; for ids s1 is a slot's, s2 a token's
+    int64_t s2, s3;           // of dst and bias, in elements, as s1 is; for ids s1 is a slot's, s2 a token's
     int64_t ids_stride;       // from token to token
     int64_t s_bias;           // from expert to expert
     ggml_glu_op glu_op;
@@ -207,7 +206,7 @@ static __device__ __forceinline__ float glu(const mmv_args & args, const float g
 
 enum gate_mode { NO_GATE, GATE_SHARES_Y, GATE_HAS_Y };
 
-template <ggml_type type, int ncols, int rows, gate_mode gated>
+template <ggml_type type, int ncols, int rows, gate_mode gated, int split>
 __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_vec(const mmv_args args) {
     using lanes = lane_part<type>;
     constexpr int step = PT2_VEC_LANES / lanes::parts; // blocks of a row per warp
@@ -216,10 +215,12 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
     constexpr int orders = gated == GATE_HAS_Y ? 2 : 1;
     constexpr int steps = ncols > 4 ? 1 : ncols > 1 || rows * matrices > 2 ? (lanes::steps + 1) / 2 : lanes::steps;
 
-    const int row0 = (blockIdx.x * PT2_MMV_WARPS + threadIdx.y) * rows;
-    if (row0 >= args.nrows) {
+    const pt2_product & product = args.group.of(blockIdx.x);
+    const int row0 = ((blockIdx.x - product.first_block) * (PT2_MMV_WARPS / split) + threadIdx.y / split) * rows;
+    if (split == 1 && row0 >= product.nrows) {
         return;
     }
+    const int first = threadIdx.y % split * (steps * step); // of this warp's blocks
     const int part = threadIdx.x % lanes::parts;
     const int ib0 = threadIdx.x / lanes::parts;
 
@@ -239,8 +240,8 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
     const char * x[matrices][rows];
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
-        const int64_t offset = x_offset + min(row0 + i, args.nrows - 1) * args.nb01;
-        x[0][i] = args.x + offset;
+        const int64_t offset = x_offset + min(row0 + i, product.nrows - 1) * args.nb01;
+        x[0][i] = product.x + offset;
         if constexpr (gated != NO_GATE) {
             x[1][i] = args.gate + offset;
         }
@@ -263,7 +264,7 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
         }
     };
 
-    load_weights(0);
+    load_weights(first);
     if (!args.ids) {
         ggml_cuda_pdl_sync();
     }
@@ -271,15 +272,15 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
 
     const int8_t * y[orders];
     const pt2_vec_scales * ys[orders];
-    y[0] = args.y + QK_PT2 * y_row * args.nblocks_y + 16 * (threadIdx.x % PT2_VEC_LANES);
-    ys[0] = args.ys + y_row * args.nblocks_y + ib0;
+    y[0] = args.y + QK_PT2 * (y_row * args.nblocks_y + first) + 16 * threadIdx.x;
+    ys[0] = args.ys + y_row * args.nblocks_y + first + ib0;
     if constexpr (gated == GATE_HAS_Y) {
-        y[1] = args.y_gate + QK_PT2 * y_row * args.nblocks_y + 16 * (threadIdx.x % PT2_VEC_LANES);
-        ys[1] = args.ys_gate + y_row * args.nblocks_y + ib0;
+        y[1] = args.y_gate + QK_PT2 * (y_row * args.nblocks_y + first) + 16 * threadIdx.x;
+        ys[1] = args.ys_gate + y_row * args.nblocks_y + first + ib0;
     }
 
     float sum[matrices][ncols][rows] = { { { 0.0f } } };
-    for (int ib = 0; ib < args.nblocks;) { // the same in all lanes
+    for (int ib = first; ib < args.nblocks;) { // the same in all lanes
 #pragma unroll
         for (int t = 0; t < steps; ++t) {
             if (t > 0 && ib + t * step >= args.nblocks) {
@@ -312,11 +313,11 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
                 }
             }
         }
-        ib += steps * step;
+        ib += split * steps * step;
 #pragma unroll
         for (int o = 0; o < orders; ++o) {
-            y[o] += steps * step * QK_PT2;
-            ys[o] += steps * step;
+            y[o] += split * steps * step * QK_PT2;
+            ys[o] += split * steps * step;
         }
         if (ib < args.nblocks) {
             load_weights(ib);
@@ -333,16 +334,38 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
             }
         }
     }
+    if constexpr (split > 1) {
+        constexpr int sums = matrices * ncols * rows;
+        __shared__ float of_warps[PT2_MMV_WARPS][sums];
+        float * const own = &sum[0][0][0];
+        if (threadIdx.x == 0) {
+#pragma unroll
+            for (int i = 0; i < sums; ++i) {
+                of_warps[threadIdx.y][i] = own[i];
+            }
+        }
+        __syncthreads();
+        if (threadIdx.y % split != 0) {
+            return;
+        }
+#pragma unroll
+        for (int other = 1; other < split; ++other) {
+#pragma unroll
+            for (int i = 0; i < sums; ++i) {
+                own[i] += of_warps[threadIdx.y + other][i];
+            }
+        }
+    }
     if (threadIdx.x != 0) {
         return;
     }
 
     const int64_t offset =
-        args.ids ? blockIdx.y * args.s1 + blockIdx.z * args.s2 : blockIdx.y * args.s2 + blockIdx.z * args.s3;
+        args.ids ? blockIdx.y * product.s1 + blockIdx.z * args.s2 : blockIdx.y * args.s2 + blockIdx.z * args.s3;
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
         const int row = row0 + i;
-        if (row >= args.nrows) {
+        if (row >= product.nrows) {
             break;
         }
         const int64_t at_bias = args.ids ? expert * args.s_bias + row : offset + row;
@@ -357,24 +380,23 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
                     result = glu(args, sum[1][j][i] + (args.gate_bias ? args.gate_bias[at_bias] : 0.0f), result);
                 }
             }
-            args.dst[offset + j * args.s1 + row] = result;
+            product.dst[offset + j * product.s1 + row] = result;
         }
     }
 }
 
-template <ggml_type type, int ncols, int rows, gate_mode gated>
-static void launch(const mmv_args & args, const dim3 grid_yz, cudaStream_t stream) {
-    const int rows_per_block = PT2_MMV_WARPS * rows;
-    const dim3 grid((args.nrows + rows_per_block - 1) / rows_per_block, grid_yz.y, grid_yz.z);
+template <ggml_type type, int ncols, int rows, gate_mode gated, int split = 1>
+static void launch(mmv_args args, const dim3 grid_yz, cudaStream_t stream) {
+    const dim3 grid(args.group.place(PT2_MMV_WARPS / split * rows), grid_yz.y, grid_yz.z);
     const ggml_cuda_kernel_launch_params params(grid, dim3(PT2_VEC_LANES, PT2_MMV_WARPS, 1), (size_t) 0, stream);
-    ggml_cuda_kernel_launch(mul_mat_vec<type, ncols, rows, gated>, params, args);
+    ggml_cuda_kernel_launch(mul_mat_vec<type, ncols, rows, gated, split>, params, args);
 }
 
 template <ggml_type type>
 static void launch_for(const mmv_args & args, const int ncols, const dim3 grid_yz, cudaStream_t stream) {
-    // More rows per warp share the loads of the activations, but then there are fewer warps: for few
-    // rows and many columns a row each is faster. (Measured on an H200.)
-    const int64_t nrows = (int64_t) args.nrows * grid_yz.y * grid_yz.z;
+    // More rows per warp share the loads of the activations, but then there are fewer warps: of few rows and many
+    // columns two warps take a half each. (What is fastest on an H200: benchmarks/results/cuda-matvec-h200.log.)
+    const int64_t nrows = args.group.nrows() * grid_yz.y * grid_yz.z;
     const int64_t nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
     const bool many = nrows >= 16 * nsm;
     if (args.gate) {
@@ -390,16 +412,15 @@ static void launch_for(const mmv_args & args, const int ncols, const dim3 grid_y
     }
     switch (ncols) {
     case 1:
-        if constexpr (type == GGML_TYPE_TQ2_1) {
-            if (many && (nrows >= 64 * nsm || args.nblocks <= 32)) {
-                launch<type, 1, 4, NO_GATE>(args, grid_yz, stream);
-            } else {
-                launch<type, 1, 1, NO_GATE>(args, grid_yz, stream);
-            }
-        } else if (many) { // unpacking is most of the work
-            launch<type, 1, 2, NO_GATE>(args, grid_yz, stream);
-        } else {
+        if (!many) {
             launch<type, 1, 1, NO_GATE>(args, grid_yz, stream);
+        } else if (nrows >= 64 * nsm) {
+            // TQ1_1: unpacking is most of the work
+            launch<type, 1, type == GGML_TYPE_TQ2_1 ? 4 : 2, NO_GATE>(args, grid_yz, stream);
+        } else if (args.nblocks > (type == GGML_TYPE_TQ2_1 ? 64 : 32)) {
+            launch<type, 1, 2, NO_GATE, 2>(args, grid_yz, stream);
+        } else {
+            launch<type, 1, 2, NO_GATE>(args, grid_yz, stream);
         }
         break;
     case 2:
@@ -442,10 +463,12 @@ static const ggml_tensor * find_mul_mat(const ggml_tensor * node, const ggml_ten
     return nullptr;
 }
 
-void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1,
-                               ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion) {
-    const ggml_tensor * node = find_mul_mat(dst, src0);
-    GGML_ASSERT(node && node->src[1] == src1);
+// node: a product of the group, all of which have its activations, type and column order; dst: as node's result, or
+// what fusion makes of it; norm: what the activations are, if they are not computed yet, or NULL.
+static void multiply(ggml_backend_cuda_context & ctx, const pt2_group & group, const ggml_tensor * node,
+                     const ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion, const pt2_norm * norm) {
+    const ggml_tensor * src0 = node->src[0];
+    const ggml_tensor * src1 = norm ? norm->x : node->src[1];
     GGML_ASSERT(src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32);
     GGML_ASSERT(!fusion || (!fusion->x_scale && !fusion->gate_scale));
     const ggml_tensor * ids = node->op == GGML_OP_MUL_MAT_ID ? node->src[2] : nullptr;
@@ -454,7 +477,7 @@ void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
     int n_perms = 1;
     if (gate) {
         const ggml_tensor * gate_node = find_mul_mat(dst, gate);
-        GGML_ASSERT(gate_node && gate_node->src[1] == src1 && ggml_are_same_stride(gate, src0));
+        GGML_ASSERT(gate_node && gate_node->src[1] == node->src[1] && ggml_are_same_stride(gate, src0));
         perms[1] = ggml_mul_mat_get_perm(gate_node);
         n_perms = perms[0] == perms[1] ? 1 : 2;
     }
@@ -465,23 +488,20 @@ void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
     const int64_t y_blocks = nblocks_y * ggml_nrows(src1);
     ggml_cuda_pool_alloc<int8_t> y(ctx.pool(), y_blocks * n_perms * (QK_PT2 + sizeof(pt2_vec_scales)));
     pt2_vec_scales * scales = (pt2_vec_scales *) (y.get() + QK_PT2 * y_blocks * n_perms);
-    pt2_quantize_vec(src0->type, src1, perms, n_perms, y.get(), scales, stream);
+    pt2_quantize_vec(src0->type, src1, norm, perms, n_perms, y.get(), scales, stream);
 
     mmv_args args = {};
-    args.x = (const char *) src0->data;
+    args.group = group;
     args.gate = gate ? (const char *) gate->data : nullptr;
     args.y = y.get();
     args.y_gate = y.get() + (n_perms - 1) * QK_PT2 * y_blocks;
     args.ys = scales;
     args.ys_gate = scales + (n_perms - 1) * y_blocks;
-    args.dst = (float *) dst->data;
     args.nblocks = nblocks;
     args.nblocks_y = nblocks_y;
-    args.nrows = src0->ne[1];
     args.nb01 = src0->nb[1];
     args.nb02 = src0->nb[2];
     args.nb03 = src0->nb[3];
-    args.s1 = dst->nb[1] / sizeof(float);
     args.s2 = dst->nb[2] / sizeof(float);
     args.s3 = dst->nb[3] / sizeof(float);
     args.stride_y = src1->ne[1];
@@ -517,6 +537,36 @@ void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
     }
 }
 
+void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1,
+                               ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion) {
+    const ggml_tensor * node = find_mul_mat(dst, src0);
+    GGML_ASSERT(node && node->src[1] == src1);
+    pt2_group group;
+    group.add(src0, dst);
+    multiply(ctx, group, node, dst, fusion, nullptr);
+}
+
+void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, const int n,
+                           const pt2_norm * norm) {
+    pt2_group group;
+    for (int i = 0; i < n; ++i) {
+        group.add(nodes[i]->src[0], nodes[i]);
+    }
+    multiply(ctx, group, nodes[0], nodes[0], nullptr, norm);
+}
+
+void pt2_mul_mat_vec_glu(ggml_backend_cuda_context & ctx, ggml_tensor * glu, const pt2_norm & norm) {
+    const ggml_tensor * gate = glu->src[0];
+    const ggml_tensor * up = glu->src[1];
+    ggml_cuda_mm_fusion_args_host fusion = {};
+    fusion.gate = gate->src[0];
+    fusion.glu_op = ggml_get_glu_op(glu);
+    fusion.glu_limit = ggml_get_op_params_f32(glu, 3);
+    pt2_group group;
+    group.add(up->src[0], glu);
+    multiply(ctx, group, up, glu, &fusion, &norm);
+}
+
 // The matmul reads whole pairs of blocks. Behind a row there is another, or padding that holds
 // zeros; only behind a view of a temporary tensor there may be anything.
 static bool may_read_behind_rows(const ggml_tensor * src0) {
@@ -533,7 +583,7 @@ void ggml_cuda_pt2_mul_mat(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         ggml_cuda_pt2_mul_mat_vec(ctx, src0, src1, dst, nullptr);
         return;
     }
-    if (pt2_mul_mat_hopper(ctx, dst) || pt2_mul_mat_many(ctx, dst)) {
+    if (pt2_mul_mat_hopper(ctx, &dst, 1) || pt2_mul_mat_many(ctx, dst)) {
         return;
     }
     if (may_read_behind_rows(src0)) {

@@ -1,9 +1,10 @@
 // Activations to 8 bits, their columns gathered on the way. One warp per 128 columns, four columns
 // per lane. Scales belong to 32 columns, or to the digit planes of a TQ1_1 block (24 columns).
 #include "mmq.cuh"
-#include "pt2-cuda.cuh"
+#include "pt2-group.cuh"
 
 #define PT2_QUANTIZE_WARPS 4
+#define PT2_NORM_WARPS     8 // all of which read the whole row
 
 // The largest absolute value or the sum among the lanes that share a scale.
 static __device__ __forceinline__ float max_of_lanes(float v, const int first, const int n) {
@@ -65,15 +66,39 @@ static __device__ __forceinline__ int sum(const char4 q) {
     return q.x + q.y + q.z + q.w;
 }
 
-template <ggml_type type>
+// The factor of a row's RMS norm. Every thread block finds it for itself.
+static __device__ float rms_factor(const float * x, const int n, const float eps) {
+    __shared__ float of_warps[PT2_NORM_WARPS];
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = 4 * (threadIdx.y * WARP_SIZE + threadIdx.x); i < n; i += 4 * WARP_SIZE * PT2_NORM_WARPS) {
+        const float4 v = *(const float4 *) (x + i);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    sum = warp_reduce_sum<WARP_SIZE>(sum);
+    if (threadIdx.x == 0) {
+        of_warps[threadIdx.y] = sum;
+    }
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PT2_NORM_WARPS; ++i) {
+        total += of_warps[i];
+    }
+    return rsqrtf(total / n + eps);
+}
+
+// normed: the activations are x's RMS norm times norm_weight.
+template <ggml_type type, bool normed>
 static __global__ void quantize_vec(const float * x_ptr, const int32_t * perm0, const int32_t * perm1, int8_t * qs,
                                     pt2_vec_scales * scales, const int nblocks, const uint3 ne2_fd, const int64_t s1,
-                                    const int64_t s2, const int64_t s3, const uint32_t channels) {
+                                    const int64_t s2, const int64_t s3, const uint32_t channels,
+                                    const float * norm_weight, const float eps) {
     ggml_cuda_pdl_lc();
     const float * GGML_CUDA_RESTRICT x = x_ptr;
     const int nblocks_padded = pt2_vec_padded_blocks(type, nblocks);
-    const int ib = blockIdx.x * PT2_QUANTIZE_WARPS + threadIdx.y;
-    if (ib >= nblocks_padded) {
+    const int ib = blockIdx.x * blockDim.y + threadIdx.y;
+    if (!normed && ib >= nblocks_padded) {
         return;
     }
     const int lane = threadIdx.x;
@@ -83,9 +108,22 @@ static __global__ void quantize_vec(const float * x_ptr, const int32_t * perm0, 
     const int4 columns =
         ib < nblocks ? load_columns(second ? perm1 : perm0, QK_PT2 * ib + 4 * lane) : make_int4(0, 0, 0, 0);
 
+    float4 weight;
+    if constexpr (normed) {
+        weight = load_x(norm_weight, columns);
+    }
+
     ggml_cuda_pdl_sync();
-    const float4 xi =
-        ib < nblocks ? load_x(x + i32.x * s3 + i32.y * s2 + blockIdx.y * s1, columns) : make_float4(0, 0, 0, 0);
+    x += i32.x * s3 + i32.y * s2 + blockIdx.y * s1;
+    float4 xi = ib < nblocks ? load_x(x, columns) : make_float4(0, 0, 0, 0);
+    if constexpr (normed) {
+        const float factor = rms_factor(x, nblocks * QK_PT2, eps);
+        if (ib >= nblocks_padded) {
+            return;
+        }
+        xi = make_float4(factor * xi.x * weight.x, factor * xi.y * weight.y, factor * xi.z * weight.z,
+                         factor * xi.w * weight.w);
+    }
     const int64_t first_block = ((int64_t) blockIdx.z * gridDim.y + blockIdx.y) * nblocks_padded;
     qs += QK_PT2 * first_block;
     scales += first_block + ib;
@@ -134,20 +172,24 @@ static __global__ void quantize_vec(const float * x_ptr, const int32_t * perm0, 
     }
 }
 
-void pt2_quantize_vec(ggml_type type, const ggml_tensor * x, const ggml_tensor * const * perms, int n_perms,
-                      int8_t * qs, pt2_vec_scales * scales, cudaStream_t stream) {
+void pt2_quantize_vec(ggml_type type, const ggml_tensor * x, const pt2_norm * norm, const ggml_tensor * const * perms,
+                      int n_perms, int8_t * qs, pt2_vec_scales * scales, cudaStream_t stream) {
     const int nblocks = x->ne[0] / QK_PT2;
     const int64_t channels = x->ne[2] * x->ne[3];
     const int nblocks_padded = pt2_vec_padded_blocks(type, nblocks);
-    const dim3 grid((nblocks_padded + PT2_QUANTIZE_WARPS - 1) / PT2_QUANTIZE_WARPS, x->ne[1], channels * n_perms);
-    const dim3 block(WARP_SIZE, PT2_QUANTIZE_WARPS, 1);
+    const int warps = norm ? PT2_NORM_WARPS : PT2_QUANTIZE_WARPS;
+    const dim3 grid((nblocks_padded + warps - 1) / warps, x->ne[1], channels * n_perms);
+    const dim3 block(WARP_SIZE, warps, 1);
     const auto perm = [&](int i) { return i < n_perms && perms[i] ? (const int32_t *) perms[i]->data : nullptr; };
     const ggml_cuda_kernel_launch_params params(grid, block, (size_t) 0, stream);
-    const auto kernel = type == GGML_TYPE_TQ2_1 ? quantize_vec<GGML_TYPE_TQ2_1> : quantize_vec<GGML_TYPE_TQ1_1>;
+    const auto of_type = [&](const auto tq2_1, const auto tq1_1) { return type == GGML_TYPE_TQ2_1 ? tq2_1 : tq1_1; };
+    const auto kernel = norm ? of_type(quantize_vec<GGML_TYPE_TQ2_1, true>, quantize_vec<GGML_TYPE_TQ1_1, true>)
+                             : of_type(quantize_vec<GGML_TYPE_TQ2_1, false>, quantize_vec<GGML_TYPE_TQ1_1, false>);
     ggml_cuda_kernel_launch(kernel, params, (const float *) x->data, perm(0), perm(1), qs, scales, nblocks,
                             init_fastdiv_values(x->ne[2]), (int64_t) (x->nb[1] / sizeof(float)),
                             (int64_t) (x->nb[2] / sizeof(float)), (int64_t) (x->nb[3] / sizeof(float)),
-                            (uint32_t) channels);
+                            (uint32_t) channels, norm ? (const float *) norm->weight->data : nullptr,
+                            norm ? norm->eps : 0.0f);
 }
 
 template <bool scatter>

@@ -1,0 +1,154 @@
+// Which products belong together, and with which norm and GLU. llama.cpp's graphs do with q what is done with q before
+// they compute k; so the graph is reordered before memory is given to its tensors, and what then lies side by side is
+// computed at once. Results may lie where the activations were: these are quantized before anything is written.
+#include "ggml-impl.h"
+#include "mmvq.cuh"
+#include "pt2-group.cuh"
+#include "pt2-hopper.cuh"
+
+#include <algorithm>
+
+// In how many nodes behind the first product others are looked for: q's norm and rotation come before k.
+static constexpr int REACH = 24;
+
+// Kernels load weights before the kernel in front of them has finished.
+static bool is_weight(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE;
+}
+
+static bool is_product(const ggml_tensor * node) {
+    if (node->op != GGML_OP_MUL_MAT || !pt2_is_ternary(node->src[0]->type) ||
+        !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        return false;
+    }
+    const ggml_tensor * perm = ggml_mul_mat_get_perm(node);
+    return is_weight(node->src[0]) && (!perm || is_weight(perm)) && ggml_n_dims(node->src[0]) <= 2 &&
+           ggml_n_dims(node->src[1]) <= 2;
+}
+
+static bool belong_together(const ggml_tensor * a, const ggml_tensor * b) {
+    return is_product(b) && a->src[1] == b->src[1] && a->src[0]->type == b->src[0]->type &&
+           a->src[0]->nb[1] == b->src[0]->nb[1] && a->src[0]->buffer == b->src[0]->buffer &&
+           ggml_mul_mat_get_perm(a) == ggml_mul_mat_get_perm(b);
+}
+
+// For one column upstream computes a product together with the bias, the residual or the GLU behind it.
+static bool fuses_with_next(const ggml_cgraph * cgraph, const int i) {
+    const ggml_tensor * node = cgraph->nodes[i];
+    const ggml_tensor * next = i + 1 < cgraph->n_nodes ? cgraph->nodes[i + 1] : nullptr;
+    return next && node->src[1]->ne[1] == 1 && (next->op == GGML_OP_ADD || next->op == GGML_OP_GLU) &&
+           (next->src[0] == node || next->src[1] == node);
+}
+
+static bool writes_to(const ggml_tensor * node, const ggml_tensor * t) {
+    return node->view_src && node->view_src == (t->view_src ? t->view_src : t);
+}
+
+void ggml_cuda_pt2_order_products(ggml_cgraph * cgraph) {
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        const ggml_tensor * first = cgraph->nodes[i];
+        if (!is_product(first) || fuses_with_next(cgraph, i)) {
+            continue;
+        }
+        int end = i + 1;
+        for (int j = i + 1; j < std::min(i + REACH, cgraph->n_nodes) && end < i + PT2_GROUP; ++j) {
+            if (writes_to(cgraph->nodes[j], first->src[1])) {
+                break;
+            }
+            if (belong_together(first, cgraph->nodes[j]) && !fuses_with_next(cgraph, j)) {
+                std::rotate(cgraph->nodes + end, cgraph->nodes + j, cgraph->nodes + j + 1);
+                ++end;
+            }
+        }
+        i = end - 1;
+    }
+}
+
+static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * a_data = (const char *) a->data;
+    const char * b_data = (const char *) b->data;
+    return a_data < b_data + ggml_nbytes(b) && b_data < a_data + ggml_nbytes(a);
+}
+
+// The norm whose result nodes i and i + 1 compute.
+static bool is_norm(const ggml_cgraph * cgraph, const int i, pt2_norm & norm) {
+    if (!ggml_can_fuse(cgraph, i, { GGML_OP_RMS_NORM, GGML_OP_MUL })) {
+        return false;
+    }
+    const ggml_tensor * scaled = cgraph->nodes[i];
+    const ggml_tensor * mul = cgraph->nodes[i + 1];
+    norm.x = scaled->src[0];
+    norm.weight = mul->src[0] == scaled ? mul->src[1] : mul->src[0];
+    norm.eps = ggml_get_op_params_f32(scaled, 0);
+    return norm.x->type == GGML_TYPE_F32 && norm.x->nb[0] == sizeof(float) && norm.x->nb[1] % sizeof(float4) == 0 &&
+           (uintptr_t) norm.x->data % sizeof(float4) == 0 && is_weight(norm.weight) &&
+           norm.weight->type == GGML_TYPE_F32 && ggml_nrows(norm.weight) == 1 && norm.weight->ne[0] == norm.x->ne[0] &&
+           ggml_is_contiguous(norm.weight);
+}
+
+// The products from node i on that belong together.
+static int find_products(const ggml_cgraph * cgraph, const int i, ggml_tensor * (&products)[PT2_GROUP]) {
+    int n = 0;
+    while (n < PT2_GROUP && i + n < cgraph->n_nodes) {
+        ggml_tensor * node = cgraph->nodes[i + n];
+        const auto in_the_way = [node](const ggml_tensor * other) { return overlap(node, other); };
+        if (!is_product(node) || !belong_together(cgraph->nodes[i], node) || fuses_with_next(cgraph, i + n) ||
+            std::any_of(products, products + n, in_the_way)) {
+            break;
+        }
+        products[n++] = node;
+    }
+    return n;
+}
+
+// The GLU of two products of one column that nodes i to i + 2 compute, or NULL.
+static ggml_tensor * find_glu(const ggml_cgraph * cgraph, const int i) {
+    if (!ggml_can_fuse_subgraph(cgraph, i, { GGML_OP_MUL_MAT, GGML_OP_MUL_MAT, GGML_OP_GLU }, { i + 2 })) {
+        return nullptr;
+    }
+    const ggml_tensor * gate = cgraph->nodes[i];
+    const ggml_tensor * up = cgraph->nodes[i + 1];
+    ggml_tensor * glu = cgraph->nodes[i + 2];
+    const ggml_glu_op op = ggml_get_glu_op(glu);
+    const bool known = op == GGML_GLU_OP_SWIGLU || op == GGML_GLU_OP_GEGLU || op == GGML_GLU_OP_SWIGLU_OAI ||
+                       op == GGML_GLU_OP_SWIGLU_CLAMP;
+    const bool swapped = ggml_get_op_params_i32(glu, 1);
+    const bool fits = is_product(gate) && is_product(up) && gate->src[1] == up->src[1] && ggml_nrows(up) == 1 &&
+                      gate->src[0]->type == up->src[0]->type && ggml_are_same_shape(gate->src[0], up->src[0]) &&
+                      ggml_are_same_stride(gate->src[0], up->src[0]) && glu->src[0] == gate && glu->src[1] == up;
+    return fits && known && !swapped ? glu : nullptr;
+}
+
+int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, const int i) {
+    if (ctx.curr_stream_no != 0) { // the results may be for other streams too
+        return 0;
+    }
+    pt2_norm norm;
+    ggml_tensor * products[PT2_GROUP];
+    if (is_norm(cgraph, i, norm)) {
+        const ggml_tensor * activations = cgraph->nodes[i + 1];
+        if (ggml_tensor * glu = find_glu(cgraph, i + 2)) {
+            if (glu->src[0]->src[1] != activations || !ggml_node_has_n_uses(cgraph, i + 1, 2)) {
+                return 0;
+            }
+            pt2_mul_mat_vec_glu(ctx, glu, norm);
+            return 4;
+        }
+        const int n = find_products(cgraph, i + 2, products);
+        if (n == 0 || products[0]->src[1] != activations || activations->ne[1] > MMVQ_MAX_BATCH_SIZE ||
+            !ggml_node_has_n_uses(cgraph, i + 1, n)) {
+            return 0;
+        }
+        pt2_mul_mat_vec_group(ctx, products, n, &norm);
+        return 1 + n;
+    }
+    const int n = find_products(cgraph, i, products);
+    if (n < 2) {
+        return 0;
+    }
+    if (products[0]->ne[1] <= MMVQ_MAX_BATCH_SIZE) {
+        pt2_mul_mat_vec_group(ctx, products, n, nullptr);
+        return n - 1;
+    }
+    return pt2_mul_mat_hopper(ctx, products, n) ? n - 1 : 0;
+}

@@ -1,0 +1,82 @@
+// Products of the same activations, q, k and v for example, in one launch: the activations are quantized once, and
+// the matrices' thread blocks fill the GPU together.
+#pragma once
+
+#include "pt2-cuda.cuh"
+
+#include <climits>
+
+static constexpr int PT2_GROUP = 3; // products at most
+
+struct pt2_product {
+    const char * x; // weights
+    float * dst;
+    int64_t s1; // of dst, in elements
+    int nrows;
+    int first_block;
+};
+
+// A kernel's argument: each product has consecutive thread blocks of its own.
+struct pt2_group {
+    pt2_product products[PT2_GROUP];
+    int n = 0;
+
+    void add(const ggml_tensor * weights, const ggml_tensor * dst) {
+        GGML_ASSERT(n < PT2_GROUP);
+        products[n++] = { (const char *) weights->data, (float *) dst->data, int64_t(dst->nb[1] / sizeof(float)),
+                          int(weights->ne[1]), 0 };
+    }
+
+    int64_t nrows() const {
+        int64_t sum = 0;
+        for (int i = 0; i < n; ++i) {
+            sum += products[i].nrows;
+        }
+        return sum;
+    }
+
+    // Chooses the products' thread blocks and returns how many there are.
+    int place(const int rows_per_block) {
+        int nblocks = 0;
+        for (int i = 0; i < PT2_GROUP; ++i) {
+            products[i].first_block = i < n ? nblocks : INT_MAX;
+            nblocks += i < n ? (products[i].nrows + rows_per_block - 1) / rows_per_block : 0;
+        }
+        return nblocks;
+    }
+
+    __device__ __forceinline__ const pt2_product & of(const int block) const {
+        int found = 0;
+#pragma unroll
+        for (int i = 1; i < PT2_GROUP; ++i) {
+            found += block >= products[i].first_block;
+        }
+        return products[found];
+    }
+};
+
+// Activations that are x's RMS norm times weight.
+struct pt2_norm {
+    const ggml_tensor * x;
+    const ggml_tensor * weight;
+    float eps;
+};
+
+// in ggml_backend_cuda_graph_optimize: brings products of the same activations together.
+void ggml_cuda_pt2_order_products(ggml_cgraph * cgraph);
+
+// in ggml_cuda_try_fuse: computes products from node i on, with the norm before and the GLU behind them. How many nodes
+// behind i it computed: 0 means that it did nothing.
+int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
+
+// MUL_MATs of 1 to 8 columns, all of the same activations, type and column order. norm: what the activations are, if
+// they are not computed yet, or NULL.
+void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, int n, const pt2_norm * norm);
+
+// The GLU of two products, src[0] and src[1], of one column.
+void pt2_mul_mat_vec_glu(ggml_backend_cuda_context & ctx, ggml_tensor * glu, const pt2_norm & norm);
+
+// Of x or, unless norm is NULL, of x's norm. perms: up to two different column orders (NULL: as they are), for one set
+// of rows each.
+void pt2_quantize_vec(ggml_type type, const ggml_tensor * x, const pt2_norm * norm, const ggml_tensor * const * perms,
+                      int n_perms, int8_t * qs, pt2_vec_scales * scales, cudaStream_t stream);
