@@ -1,6 +1,8 @@
 // Times, bandwidth and operations of single products of matrices on a GPU, ternary types beside llama.cpp's own. There
 // are so many copies of the weights that they do not fit into the L2; one graph computes all products, and the median
-// of its times counts, quantizing the activations included. With BUILD the build directory of a CUDA build:
+// of its times counts, quantizing the activations included. Neighbours have different activations, as products of the
+// same would be computed together. Arguments: numbers of columns, all by default. With BUILD the build directory of a
+// CUDA build:
 //     c++ -O2 -std=c++17 cuda_products.cpp -I../ggml_patches/src/ggml -IBUILD/llama.cpp/ggml/include
 //         -I$CUDA/include -LBUILD/bin -Wl,-rpath,BUILD/bin -lggml -lggml-base -lggml-cuda -L$CUDA/lib64 -lcudart
 #include "ggml-alloc.h"
@@ -14,6 +16,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -52,7 +55,10 @@ static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t
                                 true };
     ggml_context * cw = ggml_init(params);
     ggml_context * cx = ggml_init(params);
-    ggml_tensor * x = ggml_new_tensor_2d(cw, GGML_TYPE_F32, k, n);
+    ggml_tensor * x[2];
+    for (auto & activations : x) {
+        activations = ggml_new_tensor_2d(cw, GGML_TYPE_F32, k, n);
+    }
     ggml_tensor * p = ggml_new_tensor_1d(cw, GGML_TYPE_I32, k);
     ggml_tensor * p2 = ggml_new_tensor_1d(cw, GGML_TYPE_I32, k);
     std::vector<ggml_tensor *> w;
@@ -63,7 +69,7 @@ static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t
     ggml_tensor * last = nullptr;
     for (int i = 0; i < copies; ++i) {
         const auto mul = [&](ggml_tensor * weight, ggml_tensor * order) {
-            ggml_tensor * out = ggml_mul_mat(cx, weight, x);
+            ggml_tensor * out = ggml_mul_mat(cx, weight, x[i % 2]);
             if (perm) {
                 ggml_mul_mat_set_perm(out, order);
             }
@@ -95,7 +101,9 @@ static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t
     for (auto & v : xs) {
         v = normal(rng);
     }
-    ggml_backend_tensor_set(x, xs.data(), 0, ggml_nbytes(x));
+    for (ggml_tensor * activations : x) {
+        ggml_backend_tensor_set(activations, xs.data(), 0, ggml_nbytes(activations));
+    }
     std::vector<int32_t> order(k);
     for (int i = 0; i < k; ++i) {
         order[i] = i;
@@ -119,7 +127,14 @@ static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t
     return t[t.size() / 2] / copies * 1e6;
 }
 
-int main() {
+int main(int argc, char ** argv) {
+    std::vector<int> columns;
+    for (int i = 1; i < argc; ++i) {
+        columns.push_back(atoi(argv[i]));
+    }
+    if (columns.empty()) {
+        columns = { 1, 2, 4, 8, 128, 512 };
+    }
     ggml_backend_t backend = ggml_backend_cuda_init(0);
     const double copy = copy_gbs();
     printf("copy %.0f GB/s (read + written)\n", copy);
@@ -128,8 +143,10 @@ int main() {
     };
     const std::vector<ggml_type> types = { GGML_TYPE_TQ2_1,   GGML_TYPE_TQ1_1, GGML_TYPE_Q2_K,
                                            GGML_TYPE_IQ2_XXS, GGML_TYPE_Q4_0,  GGML_TYPE_F16 };
-    for (const shape & s : { shape{ 4096, 4096 }, { 11008, 4096 }, { 4096, 11008 }, { 22016, 8192 } }) {
-        for (const int n : { 1, 2, 4, 8, 128, 512 }) {
+    const std::vector<shape> shapes = { { 4096, 4096 },  { 11008, 4096 }, { 4096, 11008 }, { 5120, 5120 },
+                                        { 5120, 13824 }, { 8192, 8192 },  { 22016, 8192 }, { 8192, 22016 } };
+    for (const shape & s : shapes) {
+        for (const int n : columns) {
             for (const ggml_type type : types) {
                 const double us = time_us(backend, type, s.m, s.k, n, false, false);
                 const double bytes = (double) ggml_row_size(type, s.k) * (double) s.m;
@@ -145,13 +162,15 @@ int main() {
             }
         }
     }
-    for (const ggml_type type : { GGML_TYPE_TQ2_1, GGML_TYPE_TQ1_1, GGML_TYPE_Q2_K }) {
-        printf("gate+up+swiglu 11008 x 4096  %-8s %9.2f us", ggml_type_name(type),
-               time_us(backend, type, 11008, 4096, 1, false, true));
-        if (ggml_pt2_is_ternary(type)) {
-            printf("  with perms %9.2f us", time_us(backend, type, 11008, 4096, 1, true, true));
+    for (const shape & s : { shape{ 11008, 4096 }, { 22016, 8192 } }) {
+        for (const ggml_type type : { GGML_TYPE_TQ2_1, GGML_TYPE_TQ1_1, GGML_TYPE_Q2_K }) {
+            printf("gate+up+swiglu %5d x %5d  %-8s %9.2f us", (int) s.m, (int) s.k, ggml_type_name(type),
+                   time_us(backend, type, s.m, s.k, 1, false, true));
+            if (ggml_pt2_is_ternary(type)) {
+                printf("  with perms %9.2f us", time_us(backend, type, s.m, s.k, 1, true, true));
+            }
+            printf("\n");
         }
-        printf("\n");
     }
     ggml_backend_free(backend);
 }

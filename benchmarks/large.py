@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
@@ -126,6 +127,7 @@ def main() -> None:
         written = options.samples // 2 if options.written is None else options.written
         method = dataclasses.replace(METHODS["default"], written_windows=written)
         reporter = Timed(device)
+        held = psutil.Process().memory_info().rss
         begun = time.monotonic()
         checkpoint = Checkpoint(path / "model")
         with ternarize_checkpoint(
@@ -143,7 +145,8 @@ def main() -> None:
         print(f"  layers, all {whole} of them: {reporter.times['layers'] * whole / layers:.0f} s")
     print(f"  together {seconds:.1f} s")
     host = peak_memory(torch.device("cpu"))
-    print(f"  peak memory: host {host / 1e9:.2f} GB (estimated {needs.host / 1e9:.2f})", end="")
+    print(f"  peak memory: host {host / 1e9:.2f} GB, {held / 1e9:.2f} of it before", end="")
+    print(f" (estimated from there on: {needs.host / 1e9:.2f})", end="")
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved()
         print(

@@ -1,0 +1,80 @@
+"""The CUDA kernels through llama.cpp's tools: right, and with nothing left for the CPU to do.
+
+Skipped where there is no GPU, or the build has no CUDA (`pt2gguf build -- -DGGML_CUDA=ON`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+from command_line import EXAMPLE_TEXT
+
+from pt2gguf.native.installation import Installation
+
+TYPES = pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def run_tool(
+    installation: Installation, name: str, *arguments: object, **variables: str
+) -> tuple[str, str]:
+    """What a tool prints on stdout and stderr; it must succeed."""
+    command = [str(installation.tool(name)), *map(str, arguments)]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **variables}
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return COLOUR.sub("", finished.stdout), COLOUR.sub("", finished.stderr)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu(installation) -> None:
+    if "CUDA0" not in "".join(run_tool(installation, "llama-bench", "--list-devices")):
+        pytest.skip("needs a GPU and a build with CUDA")
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["MUL_MAT", "MUL_MAT_ID", "MUL_MAT_GROUP", "MUL_MAT_VEC_FUSION", "GET_ROWS", "CPY"],
+)
+def test_operations_as_on_the_cpu(installation, operation) -> None:
+    options = ["test", "-b", "CUDA0", "-o", operation, "-p", r"tq[12]_1"]
+    printed, _ = run_tool(installation, "test-backend-ops", *options)
+    cases = re.findall(rf"^ *{operation}\((.*)\): (.+)$", printed, re.MULTILINE)
+    assert cases
+    # what no backend does: a copy from F32 with strides
+    refused = [case for case, result in cases if result.startswith("not supported")]
+    assert all(operation == "CPY" for _ in refused), refused
+    assert [c for c in cases if c[0] not in refused and c[1] != "OK"] == []
+
+
+@TYPES
+def test_the_graph_is_not_split(installation, converted, block_type) -> None:
+    """The embeddings are looked up on the CPU, in llama.cpp's way; all else is one split."""
+    file = getattr(converted, block_type)
+    options = ["-m", file, "-ngl", 99, "-p", "Once", "-n", 1, "-no-cnv", "-v"]
+    printed = "".join(run_tool(installation, "llama-completion", *options))
+    splits = re.findall(r"splits = (\d+)", printed)
+    assert splits
+    assert {int(number) for number in splits} <= {1, 2}
+
+
+def perplexity(installation, file, *options: object, **variables: str) -> float:
+    arguments = ["-m", file, "-f", EXAMPLE_TEXT, "-c", 256, "-b", 256, "--chunks", 16, *options]
+    printed = "".join(run_tool(installation, "llama-perplexity", *arguments, **variables))
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
+    assert found
+    return float(found[1])
+
+
+@TYPES
+@pytest.mark.parametrize("columns", [1, 2, 5, 8, 9, 128, 256])
+def test_perplexity_as_on_the_cpu(installation, converted, block_type, columns) -> None:
+    file = getattr(converted, block_type)
+    on_cpu = perplexity(installation, file, "-ngl", 0, "--device", "none")
+    for variables in ({}, {"GGML_CUDA_DISABLE_FUSION": "1"}, {"GGML_CUDA_DISABLE_GRAPHS": "1"}):
+        on_gpu = perplexity(installation, file, "-ngl", 99, "-ub", columns, **variables)
+        assert on_gpu == pytest.approx(on_cpu, rel=0.002), variables
