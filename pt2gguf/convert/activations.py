@@ -16,18 +16,20 @@ class _Seen(Exception):  # noqa: N818 - a signal, not a failure
     """The forward pass has passed what was asked for."""
 
 
-def stage_inputs(layer: nn.Module, stage: Stage, run: Callable[[], Any]) -> dict[Group, Tensor]:
+def stage_inputs(
+    layer: nn.Module, stage: Stage, run: Callable[[], Any], *, to_the_end: bool = False
+) -> dict[Group, Tensor]:
     """The inputs (tokens, m) of each group of `stage` in one forward pass of `layer`.
 
-    run: makes that pass; it is cut short once a stage of one group has its input. Groups that
-    received nothing are left out.
+    run: makes that pass; it is cut short once a stage of one group has its input, unless it is to
+    go on `to_the_end`. Groups that received nothing are left out.
     """
     received: dict[Group, list[Tensor]] = {}
 
     def take(group: Group) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             received.setdefault(group, []).append(args[0].reshape(-1, group.columns))
-            if len(stage.groups) == 1:
+            if len(stage.groups) == 1 and not to_the_end:
                 raise _Seen
 
         return hook

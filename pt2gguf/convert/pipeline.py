@@ -147,6 +147,7 @@ class LayerRun:
         self._layer = skeleton.load_layer(index, device)
         self._full = copy.deepcopy(self._layer) if full else None
         self._routers = routers(self._layer, skeleton.config)
+        self._full_advanced = False
 
     def round_kept(self, kept: Collection[str], stored: Stored) -> None:
         """Compute with the values that the matrices `kept` will have in the file."""
@@ -157,9 +158,10 @@ class LayerRun:
         """Ternarize every linear layer but those in `kept`, each on what those before it give."""
         done = Layer({}, {})
         available = self._skeleton.checkpoint.tensors.keys() - kept.keys()
-        for stage in self._stages(kept):
+        stages = self._stages(kept)
+        for stage in stages:
             begun = time.monotonic()
-            collected = self._statistics(stage, method, reporter)
+            collected = self._statistics(stage, method, reporter, last=stage is stages[-1])
             for group in stage.groups:
                 statistics = collected.pop(group)
                 results = self._ternarize_group(group, statistics, method, available)
@@ -192,16 +194,19 @@ class LayerRun:
         """
         for windows in self._ternary_windows:
             self._advance(self._layer, windows, "the ternarized")
-        for windows in [*self._full_windows, *others]:
+        for windows in [*(() if self._full_advanced else self._full_windows), *others]:
             assert self._full is not None
             self._advance(self._full, windows, "the full-precision")
 
     def _advance(self, layer: nn.Module, windows: Windows, which: str) -> None:
         run = windows.runner(self._index, self._device)
         for part in windows.parts():
-            output = run(layer, part)
-            require_finite(output, f"{which} decoder layer {self._index}")
-            part.copy_(output)
+            self._advance_part(layer, run, part, which)
+
+    def _advance_part(self, layer: nn.Module, run: Run, part: Tensor, which: str) -> None:
+        output = run(layer, part)
+        require_finite(output, f"{which} decoder layer {self._index}")
+        part.copy_(output)
 
     def _weight_name(self, module: str) -> str:
         return self._skeleton.stored_name(self._index, f"{module}.weight")
@@ -228,9 +233,12 @@ class LayerRun:
         return [(run, part) for run, windows in runs for part in windows.parts()]
 
     def _statistics(
-        self, stage: Stage, method: Method, reporter: Reporter
+        self, stage: Stage, method: Method, reporter: Reporter, last: bool
     ) -> dict[Group, InputStatistics]:
-        """The statistics of each group's inputs over all of the calibration tokens."""
+        """The statistics of each group's inputs over all of the calibration tokens.
+
+        last: whether it is the layer's last stage.
+        """
         statistics = {
             group: InputStatistics(group.columns, self._device, bool(method.gptaq))
             for group in stage.groups
@@ -239,6 +247,8 @@ class LayerRun:
         full_parts: Sequence[Tensor | None] = [None] * len(parts)
         if method.gptaq:
             full_parts = [part for _, part in self._parts(self._full_windows)]
+            # With routers the full-precision layer does not do here what it does on its own.
+            self._full_advanced = last and not self._routers
         for (run, part), full_part in zip(parts, full_parts, strict=True):
             for group, x, x_full in self._paired_inputs(stage, run, part, full_part):
                 try:
@@ -274,7 +284,11 @@ class LayerRun:
         # The full-precision experts are given the same tokens as the ternarized ones.
         full, states = self._full, full_part
         with replayed_outputs(full, routed):
-            full_inputs = stage_inputs(full, stage, lambda: run(full, states))
+            if self._full_advanced:
+                to_the_end = partial(self._advance_part, full, run, states, "the full-precision")
+                full_inputs = stage_inputs(full, stage, to_the_end, to_the_end=True)
+            else:
+                full_inputs = stage_inputs(full, stage, lambda: run(full, states))
         for group, x in inputs.items():
             yield group, x, full_inputs[group]
 

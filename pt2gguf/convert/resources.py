@@ -26,6 +26,8 @@ GRID_NUMBERS, SAVED_NUMBERS = 10, 6
 READING = FLOAT16 + FLOAT32 + 1
 # Tensors (tokens, vocabulary) alive at once when logits are compared.
 LOGITS = 6
+# Bytes of the host for PyTorch's CUDA libraries, loaded as they are used (2 to 3 GB were seen).
+CUDA_LIBRARIES = 3 * 10**9
 DESCRIPTION = 1024  # bytes about one weight in its layer's file, with names and report
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -84,7 +86,8 @@ def estimate(
     disk = sum(n * m // 4 + n * m // 32 + 4 * m + DESCRIPTION for n, m in ternary)
     if on_gpu:
         # Weights pass through the host one by one, as if all of a layer were one.
-        return Needs(host=hidden + max(body, layer.parameters * READING), gpu=compute, disk=disk)
+        host = CUDA_LIBRARIES + hidden + max(body, layer.parameters * READING)
+        return Needs(host=host, gpu=compute, disk=disk)
     return Needs(host=hidden + max(body, compute), gpu=0, disk=disk)
 
 
@@ -118,7 +121,8 @@ def estimate_tuning(
     saved = blocks * SAVED_NUMBERS * FLOAT32
     disk = saved + blocks * 2 * FLOAT16 + 2 * DESCRIPTION * len(ternary)
     if on_gpu:
-        return Needs(host=hidden + max(other_parameters * READING, saved), gpu=compute, disk=disk)
+        host = CUDA_LIBRARIES + hidden + max(other_parameters * READING, saved)
+        return Needs(host=host, gpu=compute, disk=disk)
     return Needs(host=hidden + compute, gpu=0, disk=disk)
 
 

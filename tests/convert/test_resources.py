@@ -13,6 +13,7 @@ from pt2gguf.convert import resources, tuning, writing
 from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.resources import (
+    CUDA_LIBRARIES,
     LayerSize,
     Needs,
     available_memory,
@@ -121,7 +122,7 @@ def test_estimate_follows_its_parts() -> None:
     assert on_gpu.gpu >= 2 * 4 * 10**6 + 16 * 1024**2
     assert on_gpu.disk == needs.disk
     # The layer and its copy are on the GPU, and the hidden states may have to stay on the host.
-    assert hidden < on_gpu.host < needs.host
+    assert hidden < on_gpu.host - CUDA_LIBRARIES < needs.host
     one = estimate(**{**base, "on_gpu": True, "full_precision": False})
     assert one.host == on_gpu.host - hidden // 2
 
@@ -169,7 +170,7 @@ def test_host_memory_of_writing_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
             write_text(checkpoint, 64, IDS, torch.device(device), SilentReporter())
         found[device] = asked.value.args[0]
     weights = 2 * sum(tensor.elements for tensor in checkpoint.tensors.values())
-    assert 32000 * 8192 * 6 < found["cuda"].host < 4e9
+    assert 32000 * 8192 * 6 < found["cuda"].host - CUDA_LIBRARIES < 4e9
     assert found["cuda"].gpu > weights
     assert found["cpu"].host > weights
     assert found["cpu"].gpu == 0

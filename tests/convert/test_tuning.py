@@ -12,7 +12,7 @@ import torch
 from small_models import CONFIGS, VOCABULARY, make_model, save_model
 from torch import Tensor, nn
 
-from pt2gguf.convert import resources, tuning
+from pt2gguf.convert import resources, tuning, writing
 from pt2gguf.convert.calibration import Calibration, load_calibration
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.run import split_texts, ternarize_checkpoint
@@ -252,6 +252,22 @@ class TestWriting:
         before = self._write(checkpoint, calibration)
         (checkpoint.path / "generation_config.json").write_text('{"top_k": 1, "temperature": 0.1}')
         assert torch.equal(self._write(checkpoint, calibration), before)
+
+    @pytest.mark.parametrize(
+        ("kind", "changes"), [("llama", {}), ("mistral", {"sliding_window": 16}), ("qwen3", {})]
+    )
+    def test_as_with_the_cache_of_transformers(
+        self,
+        tmp_path: Path,
+        calibration: Calibration,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+        changes: dict[str, int],
+    ) -> None:
+        checkpoint = Checkpoint(save_model(tmp_path / "m", kind, **SPREAD, **changes))
+        ours = self._write(checkpoint, calibration)
+        monkeypatch.setattr(writing, "_roomy_cache", lambda config, length: None)
+        assert torch.equal(self._write(checkpoint, calibration), ours)
 
     def test_too_large(
         self, checkpoint: Checkpoint, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
