@@ -31,9 +31,13 @@ def run_tool(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def gpu(installation) -> None:
-    if "CUDA0" not in "".join(run_tool(installation, "llama-bench", "--list-devices")):
+def gpus(installation) -> list[str]:
+    """The names of the GPUs, as in --device."""
+    printed = "".join(run_tool(installation, "llama-bench", "--list-devices"))
+    found = re.findall(r"\bCUDA\d+\b", printed)
+    if not found:
         pytest.skip("needs a GPU and a build with CUDA")
+    return found
 
 
 @pytest.mark.parametrize(
@@ -78,3 +82,17 @@ def test_perplexity_as_on_the_cpu(installation, converted, block_type, columns) 
     for variables in ({}, {"GGML_CUDA_DISABLE_FUSION": "1"}, {"GGML_CUDA_DISABLE_GRAPHS": "1"}):
         on_gpu = perplexity(installation, file, "-ngl", 99, "-ub", columns, **variables)
         assert on_gpu == pytest.approx(on_cpu, rel=0.002), variables
+
+
+@TYPES
+@pytest.mark.parametrize("mode", ["layer", "row"])
+@pytest.mark.parametrize("columns", [1, 256])
+def test_two_gpus_as_one(installation, converted, gpus, block_type, mode, columns) -> None:
+    if len(gpus) < 2:
+        pytest.skip("needs two GPUs")
+    file = getattr(converted, block_type)
+    options = ["-ngl", 99, "-ub", columns]
+    one = perplexity(installation, file, *options, "--device", gpus[0])
+    halves = ["--device", ",".join(gpus[:2]), "--split-mode", mode, "--tensor-split", "1,1"]
+    two = perplexity(installation, file, *options, *halves)
+    assert two == pytest.approx(one, rel=0.002)
