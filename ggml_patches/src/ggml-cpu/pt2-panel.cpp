@@ -47,10 +47,12 @@ template <int n> constexpr int vectors_for() {
 
 constexpr size_t LINE = 64;
 
+// Into the second-level cache: few lines at a time can be on their way to the first-level one, which on Zen 4 alone
+// cost a quarter of the tokens.
 inline void prefetch(const void * data, size_t begin, size_t end) {
 #if defined(__GNUC__)
     for (size_t at = begin; at < end; at += LINE) {
-        __builtin_prefetch((const char *) data + at);
+        __builtin_prefetch((const char *) data + at, 0, 2);
     }
 #else
     (void) data;
