@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 
 import pytest
 from command_line import EXAMPLE_TEXT
+from llama_tools import COLOUR, start_tool
 
 from pt2gguf.native.installation import Installation
 
 TYPES = pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_tool(
     installation: Installation, name: str, *arguments: object, **variables: str
 ) -> tuple[str, str]:
     """What a tool prints on stdout and stderr; it must succeed."""
-    command = [str(installation.tool(name)), *map(str, arguments)]
-    finished = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, **variables}
-    )
+    finished = start_tool(installation, name, *arguments, env={**os.environ, **variables})
     assert finished.returncode == 0, finished.stderr[-2000:]
     return COLOUR.sub("", finished.stdout), COLOUR.sub("", finished.stderr)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
+from llama_tools import COLOUR, run_tool, start_tool
 
 from pt2gguf.blocks import BLOCK_SIZE, BLOCK_TYPES
 from pt2gguf.cli import main as pt2gguf
@@ -28,24 +29,6 @@ from pt2gguf.native.installation import Installation
 TYPES = pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])
 PROMPT = "Once upon a time"
 GREEDY = ["-p", PROMPT, "-n", 8, "-no-cnv", "--temp", 0, "-t", 1]
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def run_tool(installation: Installation, name: str, *arguments: object) -> str:
-    """What a tool prints on stdout; it must succeed."""
-    finished = start_tool(installation, name, *arguments)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    return finished.stdout
-
-
-def start_tool(
-    installation: Installation, name: str, *arguments: object
-) -> subprocess.CompletedProcess[str]:
-    """Runs a tool to its end, without a terminal and without help from environment variables."""
-    command = [str(installation.tool(name)), *map(str, arguments)]
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, env={}
-    )
 
 
 def continuation(installation: Installation, file: Path, *options: object) -> str:
@@ -247,7 +230,8 @@ def test_backend_ops(installation, operation) -> None:
         if operation != "GET_ROWS":
             permuted = [case for case in of_type if case.startswith("type=")]
             columns = {int(re.search(r"n=(\d+)", case)[1]) for case in permuted}
-            assert columns == {1, 2, 3, 5, 8, 9, 17, 33, 65, 128, 512}
+            many_tiles = {130} if operation == "MUL_MAT" else set()
+            assert columns == {1, 2, 3, 5, 8, 9, 17, 33, 65, 128, 512} | many_tiles
 
 
 # making files -----------------------------------------------------------------------------------
