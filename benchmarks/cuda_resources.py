@@ -20,7 +20,7 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
 OURS = re.compile(r"ggml-cuda/pt2-[\w-]+\.cu$")
 HOPPER = "pt2-hopper"  # for sm_90a alone
 KERNEL = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'"
+    r"Compiling entry function '_ZL?(?P<length>\d+)\w+' for 'sm_(?P<arch>\w+)'"
     r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r".*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?[^\n]*",
     re.DOTALL,
@@ -60,9 +60,8 @@ def report(file: str, printed: str) -> None:
     for part in printed.split("ptxas info    : Compiling")[1:]:
         found = KERNEL.search("Compiling" + part)
         if found:
-            name = re.sub(r"^_Z(?:L|N\w+?_)?(\d+)", "", found["name"])
-            length = int(re.match(r"_Z(?:L)?(\d+)", found["name"])[1])  # type: ignore[index]
-            kernels[name[:length], found["arch"]].append(found)
+            begin, length = found.end("length"), int(found["length"])
+            kernels[found.string[begin : begin + length], found["arch"]].append(found)
     for (name, arch), instances in sorted(kernels.items()):
         registers = max(int(k["registers"]) for k in instances)
         spilled = max(int(k["stores"]) for k in instances)

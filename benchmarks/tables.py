@@ -218,12 +218,12 @@ def figure4_ratios() -> str:
     """How much faster than Q2_K the ternary types are."""
     rates = figure4_rates()
     rows = []
-    for shape, kind in rates:
+    for shape, kind in sorted(rates, key=_by_size):
         if kind.startswith("TQ"):
             theirs = rates[shape, "Q2_K"]
             ratios = (f"{rates[shape, kind][test] / theirs[test]:.2f}" for test in GPU_TESTS)
             rows.append((f"{shape.upper()}, {kind} / Q2_K", *ratios))
-    return table(("", *GPU_TESTS), sorted(rows, key=lambda row: float(row[0].split("B")[0])))
+    return table(("", *GPU_TESTS), rows)
 
 
 def _by_size(shape_and_kind: tuple[str, str]) -> tuple[float, int]:

@@ -284,11 +284,10 @@ class LayerRun:
         # The full-precision experts are given the same tokens as the ternarized ones.
         full, states = self._full, full_part
         with replayed_outputs(full, routed):
+            run_full: Callable[[], object] = partial(run, full, states)
             if self._full_advanced:
-                to_the_end = partial(self._advance_part, full, run, states, "the full-precision")
-                full_inputs = stage_inputs(full, stage, to_the_end, to_the_end=True)
-            else:
-                full_inputs = stage_inputs(full, stage, lambda: run(full, states))
+                run_full = partial(self._advance_part, full, run, states, "the full-precision")
+            full_inputs = stage_inputs(full, stage, run_full, to_the_end=self._full_advanced)
         for group, x in inputs.items():
             yield group, x, full_inputs[group]
 
