@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
 
 from pt2gguf.native.installation import Installation
 
@@ -31,3 +37,44 @@ def start_tool(
         timeout=120,
         env=env or {},
     )
+
+
+def perplexity(
+    installation: Installation, file: Path, *options: object, env: Mapping[str, str] | None = None
+) -> float:
+    """llama-perplexity's estimate; options: which text, and how."""
+    finished = start_tool(installation, "llama-perplexity", "-m", file, *options, env=env)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    estimate = re.search(r"Final estimate: PPL = (\S+)", finished.stdout + finished.stderr)
+    assert estimate, finished.stderr[-2000:]
+    return float(estimate[1])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(installation: Installation, name: str, port: int, *options: object) -> Iterator[None]:
+    """A server of llama.cpp on the loopback interface, gone afterwards whatever happens."""
+    command = [str(installation.tool(name)), *map(str, options), "--port", str(port)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            wait_until_listening(server, port)
+            yield
+        finally:
+            server.kill()
+
+
+def wait_until_listening(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert server.poll() is None, f"the server ended with exit code {server.returncode}"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    pytest.fail("the server does not listen")

@@ -10,7 +10,7 @@ import re
 
 import pytest
 from command_line import EXAMPLE_TEXT
-from llama_tools import COLOUR, start_tool
+from llama_tools import COLOUR, perplexity, start_tool
 
 from pt2gguf.native.installation import Installation
 
@@ -55,40 +55,38 @@ def test_operations_as_on_the_cpu(installation, operation) -> None:
 def test_the_graph_is_not_split(installation, converted, block_type) -> None:
     """The embeddings are looked up on the CPU, in llama.cpp's way; all else is one split."""
     file = getattr(converted, block_type)
-    options = ["-m", file, "-ngl", 99, "-p", "Once", "-n", 1, "-no-cnv", "-v"]
+    options = ["-m", file, "-ngl", 99, "--device", "CUDA0", "-p", "Once", "-n", 1, "-no-cnv", "-v"]
     printed = "".join(run_tool(installation, "llama-completion", *options))
     splits = re.findall(r"splits = (\d+)", printed)
     assert splits
     assert {int(number) for number in splits} <= {1, 2}
 
 
-def perplexity(installation, file, *options: object, **variables: str) -> float:
-    arguments = ["-m", file, "-f", EXAMPLE_TEXT, "-c", 256, "-b", 256, "--chunks", 16, *options]
-    printed = "".join(run_tool(installation, "llama-perplexity", *arguments, **variables))
-    found = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
-    assert found
-    return float(found[1])
+def perplexity_of(installation, file, *options: object, **variables: str) -> float:
+    arguments = ["-f", EXAMPLE_TEXT, "-c", 256, "-b", 256, "--chunks", 16, *options]
+    return perplexity(installation, file, *arguments, env={**os.environ, **variables})
 
 
 @TYPES
 @pytest.mark.parametrize("columns", [1, 2, 5, 8, 9, 128, 256])
 def test_perplexity_as_on_the_cpu(installation, converted, block_type, columns) -> None:
     file = getattr(converted, block_type)
-    on_cpu = perplexity(installation, file, "-ngl", 0, "--device", "none")
+    on_cpu = perplexity_of(installation, file, "-ngl", 0, "--device", "none")
     for variables in ({}, {"GGML_CUDA_DISABLE_FUSION": "1"}, {"GGML_CUDA_DISABLE_GRAPHS": "1"}):
-        on_gpu = perplexity(installation, file, "-ngl", 99, "-ub", columns, **variables)
+        on_gpu = perplexity_of(installation, file, "-ngl", 99, "-ub", columns, **variables)
         assert on_gpu == pytest.approx(on_cpu, rel=0.002), variables
 
 
 @TYPES
-@pytest.mark.parametrize("mode", ["layer", "row"])
+@pytest.mark.parametrize("mode", ["layer", "tensor"])
 @pytest.mark.parametrize("columns", [1, 256])
 def test_two_gpus_as_one(installation, converted, gpus, block_type, mode, columns) -> None:
+    """(llama.cpp has no --split-mode row on CUDA any more; tensor took its place.)"""
     if len(gpus) < 2:
         pytest.skip("needs two GPUs")
     file = getattr(converted, block_type)
     options = ["-ngl", 99, "-ub", columns]
-    one = perplexity(installation, file, *options, "--device", gpus[0])
+    one = perplexity_of(installation, file, *options, "--device", gpus[0])
     halves = ["--device", ",".join(gpus[:2]), "--split-mode", mode, "--tensor-split", "1,1"]
-    two = perplexity(installation, file, *options, *halves)
+    two = perplexity_of(installation, file, *options, *halves)
     assert two == pytest.approx(one, rel=0.002)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-import socket
 import subprocess
 import sys
 import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
-from llama_tools import COLOUR, run_tool, start_tool
+from llama_tools import COLOUR, free_port, perplexity, run_tool, serving
 
 from pt2gguf.blocks import BLOCK_SIZE, BLOCK_TYPES
 from pt2gguf.cli import main as pt2gguf
@@ -41,13 +39,8 @@ def after_prompt(printed: str) -> str:
     return printed.strip().removeprefix(PROMPT).strip()
 
 
-def perplexity(installation: Installation, file: Path, text: Path, chunks: int) -> float:
-    options = ["-m", file, "-f", text, "-c", 128, "--chunks", chunks, "-t", 1]
-    finished = start_tool(installation, "llama-perplexity", *options)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    estimate = re.search(r"Final estimate: PPL = (\S+)", finished.stdout + finished.stderr)
-    assert estimate, finished.stderr[-2000:]
-    return float(estimate[1])
+def of_text(text: Path, chunks: int) -> list[object]:
+    return ["-f", text, "-c", 128, "--chunks", chunks, "-t", 1]
 
 
 def read(installation: Installation, file: Path):
@@ -60,36 +53,6 @@ def contents(installation: Installation, file: Path) -> list[tuple]:
         (t.name, t.tensor_type, t.shape.tolist(), t.data.tobytes())
         for t in read(installation, file).tensors
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def serving(installation: Installation, name: str, port: int, *options: object) -> Iterator[None]:
-    """A server of llama.cpp on the loopback interface, gone afterwards whatever happens."""
-    command = [str(installation.tool(name)), *map(str, options), "--port", str(port)]
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as server:
-        try:
-            wait_until_listening(server, port)
-            yield
-        finally:
-            server.kill()
-
-
-def wait_until_listening(server: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        assert server.poll() is None, f"the server ended with exit code {server.returncode}"
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.05)
-    pytest.fail("the server does not listen")
 
 
 # running --------------------------------------------------------------------------------------
@@ -160,7 +123,7 @@ def test_bench_names_the_type(installation, converted, block_type) -> None:
 def test_both_types_have_the_same_perplexity(installation, converted) -> None:
     """The same weights, so that only the order of floating point additions differs."""
     two, one = (
-        perplexity(installation, file, EXAMPLE_TEXT, chunks=8)
+        perplexity(installation, file, *of_text(EXAMPLE_TEXT, 8))
         for file in (converted.tq2_1, converted.tq1_1)
     )
     assert math.isfinite(two)
@@ -189,20 +152,6 @@ def request_when_loaded(url: str, body: dict) -> dict:
             if error.code != 503 or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
-
-
-@TYPES
-def test_rpc(installation, converted, block_type) -> None:
-    """Another process computes: types and column orders survive the wire."""
-    file = getattr(converted, block_type)
-    port = free_port()
-    with serving(installation, "ggml-rpc-server", port, "--host", "127.0.0.1", "--threads", 1):
-        options = ["--rpc", f"127.0.0.1:{port}", "-ngl", 99, "-v"]
-        finished = start_tool(installation, "llama-completion", "-m", file, *GREEDY, *options)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    for layer in range(4):
-        assert re.search(rf"layer +{layer} assigned to device RPC0", finished.stderr)
-    assert after_prompt(finished.stdout) == continuation(installation, file)
 
 
 # llama.cpp's own tests --------------------------------------------------------------------------
@@ -301,7 +250,9 @@ def test_imatrix_serves_what_matters(installation, f16, imatrix, halves, tmp_pat
     for name, error in errors[0].items():
         assert errors[1][name] < error
     # Measured: 38 for F16, 266 without importances and 165 with them.
-    before, after = (perplexity(installation, f, halves[1], 16) for f in (plain, weighted))
+    before, after = (
+        perplexity(installation, f, *of_text(halves[1], 16)) for f in (plain, weighted)
+    )
     assert after < 0.9 * before
 
 

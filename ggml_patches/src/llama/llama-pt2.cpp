@@ -4,6 +4,7 @@
 #include "ggml-pt2.h"
 #include "llama-impl.h"
 #include "llama-model-loader.h"
+#include "llama-model.h"
 
 #include <map>
 #include <stdexcept>
@@ -90,9 +91,22 @@ void llama_pt2_perms::create(llama_model_loader & ml) {
     }
 }
 
-void llama_pt2_perms::data_loaded() {
+// Tensor parallelism gives each device some columns of some weights and the same elements of their input.
+static void check_split(llama_model & model, const ggml_tensor * weight, const ggml_tensor * perm) {
+    const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(weight->buffer));
+    if (dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META &&
+        llama_meta_device_get_split_state(weight, &model.get_split_state_ud).axis == GGML_BACKEND_SPLIT_AXIS_0) {
+        throw std::runtime_error(
+            format("split mode 'tensor' splits the columns of '%s', which '%s' permutes: use split "
+                   "mode 'layer', or a file without permutations (pt2gguf convert --no-ssr)",
+                   weight->name, perm->name));
+    }
+}
+
+void llama_pt2_perms::data_loaded(llama_model & model) {
     std::map<std::pair<ggml_backend_buffer_type_t, std::vector<int32_t>>, ggml_tensor *> known;
     for (auto & [weight, perm] : perm_of) {
+        check_split(model, weight, perm);
         std::vector<int32_t> data(perm->ne[0]);
         ggml_backend_tensor_get(perm, data.data(), 0, ggml_nbytes(perm));
         std::vector<bool> seen(data.size(), false);

@@ -6,6 +6,7 @@
 
 #include <unordered_map>
 
+struct llama_model;
 struct llama_model_loader;
 
 // Throws unless this build can read the file: one sentence that says which pt2gguf can.
@@ -25,9 +26,10 @@ public:
     // the weights were created and before their data is loaded; throws on a tensor that does not fit.
     void create(llama_model_loader & ml);
 
-    // To be called after the data was loaded. Throws on a perm tensor that is not a permutation. Equal ones in the same
-    // kind of buffer become one, as those of gate and up mostly are: backends see that these can share activations.
-    void data_loaded();
+    // To be called after the data was loaded. Throws on a perm tensor that is not a permutation, and if permuted
+    // columns are split between devices. Equal ones in the same kind of buffer become one, as those of gate and up
+    // mostly are: backends see that these can share activations.
+    void data_loaded(llama_model & model);
 
     // Gives a new MUL_MAT or MUL_MAT_ID node the permutation of its weight, if it has one.
     void apply(ggml_tensor * node) const;
