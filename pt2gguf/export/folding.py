@@ -6,7 +6,7 @@ rows in the order that SSR chose for the columns makes the permutation of the in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -20,14 +20,28 @@ def fold_orders(
 ) -> dict[str, TernaryWeight]:
     """A layer's weights with every down projection's order moved into its producers' rows."""
     folded = dict(weights)
+    for name, pair in _foldable(weights, biases):
+        order = weights[name].perm
+        assert order is not None
+        folded[name] = replace(weights[name], perm=None)
+        for producer in pair:
+            folded[producer] = _reorder_rows(folded[producer], order)
+    return folded
+
+
+def reordered(weights: Mapping[str, TernaryWeight], biases: Collection[str]) -> set[str]:
+    """The names of those weights whose rows or columns :func:`fold_orders` moves for good."""
+    return {moved for name, pair in _foldable(weights, biases) for moved in (name, *pair)}
+
+
+def _foldable(
+    weights: Mapping[str, TernaryWeight], biases: Collection[str]
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Down projections whose order can be folded, and the weights that produce their inputs."""
     for name, weight in weights.items():
         pair = producers(name, {*weights, *biases})
-        if weight.perm is None or pair is None:
-            continue
-        folded[name] = replace(weight, perm=None)
-        for producer in pair:
-            folded[producer] = _reorder_rows(folded[producer], weight.perm)
-    return folded
+        if weight.perm is not None and pair is not None:
+            yield name, pair
 
 
 def _reorder_rows(weight: TernaryWeight, order: Tensor) -> TernaryWeight:

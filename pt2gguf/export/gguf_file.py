@@ -35,6 +35,9 @@ class TernarySource(Protocol):
     def weight(self, name: str) -> TernaryWeight:
         """One of them, with its rows and columns in the order they are to be stored in."""
 
+    def is_reordered(self, name: str) -> bool:
+        """Whether that order is not the checkpoint's, even with the weight's permutation undone."""
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -89,6 +92,10 @@ def _with_ternary_weights(
     class TernaryModel(base):  # type: ignore[misc]
         model_arch = base.model_arch  # the converter wants it on every class
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._reordered: list[str] = []
+
         def get_tensors(self) -> Iterator[tuple[str, Tensor]]:
             written: set[str] = set()
             for name, tensor in super().get_tensors():
@@ -113,7 +120,10 @@ def _with_ternary_weights(
                 rows = read_rows(new_name, arrived, shapes_by_number)
                 self._add_blocks(new_name, rows)
                 self._add_perm(new_name, rows)
-                arrived_names.update(names[n] for n in _numbers(rows))
+                origins = [names[n] for n in _numbers(rows)]
+                if any(map(source.is_reordered, origins)):
+                    self._reordered.append(new_name)
+                arrived_names.update(origins)
             return arrived_names
 
         def _add_blocks(self, new_name: str, rows: RowSource) -> None:
@@ -163,6 +173,8 @@ def _with_ternary_weights(
             super().prepare_metadata(vocab_only)
             self.gguf_writer.add_uint32("pt2.version", FORMAT_VERSION)
             self.gguf_writer.add_uint32("pt2.block_size", BLOCK_SIZE)
+            if self._reordered:  # an adapter for the original model does not fit these
+                self.gguf_writer.add_array("pt2.reordered", self._reordered)
             for key, value in options.metadata.items():
                 _add_value(self.gguf_writer, f"pt2.{key}", value)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from pt2gguf.convert.workdir import WorkDirectory
-from pt2gguf.export.folding import fold_orders
+from pt2gguf.export.folding import fold_orders, reordered
 from pt2gguf.model.checkpoint import StoredTensor
 from pt2gguf.ternary import TernaryWeight
 
@@ -32,7 +32,13 @@ class WorkSource:
         return self._shapes
 
     def weight(self, name: str) -> TernaryWeight:
-        return self._layer(self._layer_of[name])[name]
+        weights, _ = self._layer(self._layer_of[name])
+        return weights[name]
 
-    def _read_layer(self, index: int) -> dict[str, TernaryWeight]:
-        return fold_orders(self._work.final_weights(index), self._biases)
+    def is_reordered(self, name: str) -> bool:
+        _, moved = self._layer(self._layer_of[name])
+        return name in moved
+
+    def _read_layer(self, index: int) -> tuple[dict[str, TernaryWeight], set[str]]:
+        weights = self._work.final_weights(index)
+        return fold_orders(weights, self._biases), reordered(weights, self._biases)

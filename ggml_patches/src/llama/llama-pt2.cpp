@@ -67,7 +67,24 @@ static void check_perm_shape(const ggml_tensor * perm, const ggml_tensor * weigh
     }
 }
 
+static std::unordered_set<std::string> read_reordered(const gguf_context * metadata) {
+    static const char * KEY = "pt2.reordered";
+    std::unordered_set<std::string> names;
+    const int64_t key = gguf_find_key(metadata, KEY);
+    if (key < 0) {
+        return names;
+    }
+    if (gguf_get_kv_type(metadata, key) != GGUF_TYPE_ARRAY || gguf_get_arr_type(metadata, key) != GGUF_TYPE_STRING) {
+        throw std::runtime_error(format("%s is not an array of strings: not a file that pt2gguf wrote", KEY));
+    }
+    for (size_t i = 0; i < gguf_get_arr_n(metadata, key); ++i) {
+        names.insert(gguf_get_arr_str(metadata, key, i));
+    }
+    return names;
+}
+
 void llama_pt2_perms::create(llama_model_loader & ml) {
+    reordered = read_reordered(ml.metadata);
     for (const auto & [name, entry] : ml.weights_map) {
         if (!is_perm_name(name)) {
             continue;
@@ -146,5 +163,14 @@ void llama_pt2_perms::check_graph(ggml_cgraph * graph) const {
                                                 node->name, ggml_op_name(node->op), it->first->name, it->second->name));
             }
         }
+    }
+}
+
+void llama_pt2_perms::check_adapter(const std::string & weight) const {
+    if (reordered.count(weight)) {
+        throw std::runtime_error(
+            format("the adapter changes '%s', whose rows or columns this file has in another order "
+                   "than the original model: use a file without (pt2gguf convert --no-ssr)",
+                   weight.c_str()));
     }
 }

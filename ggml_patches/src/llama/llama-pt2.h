@@ -4,7 +4,9 @@
 #include "ggml.h"
 #include "gguf.h"
 
+#include <string>
 #include <unordered_map>
+#include <unordered_set>
 
 struct llama_model;
 struct llama_model_loader;
@@ -18,7 +20,7 @@ void llama_pt2_write_metadata(gguf_context * metadata);
 // Throws if a ternary weight whose columns are permuted would become a type that cannot be.
 void llama_pt2_check_requantization(const llama_model_loader & ml, const ggml_tensor * weight, ggml_type type);
 
-// The permutations of a model. A ternary weight "x.weight" of a file may have an I32 tensor
+// The column and row orders of a model. A ternary weight "x.weight" of a file may have an I32 tensor
 // "x.perm": stored column j of the weight multiplies element perm[j] of its input.
 class llama_pt2_perms {
 public:
@@ -38,6 +40,11 @@ public:
     // garbage: an architecture whose code multiplies that weight in a way of its own.
     void check_graph(ggml_cgraph * graph) const;
 
+    // Throws if an adapter changes this weight and the file has its rows or columns in an order of its own: those of an
+    // MLP between gate, up and down may be in any, if it is the same in all three.
+    void check_adapter(const std::string & weight) const;
+
 private:
     std::unordered_map<const ggml_tensor *, ggml_tensor *> perm_of; // by weight
+    std::unordered_set<std::string> reordered;                      // names of weights
 };
