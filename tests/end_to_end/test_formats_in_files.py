@@ -192,6 +192,11 @@ def test_metadata(converted, type_name) -> None:
     assert calibration["sources"] == EXAMPLE_TEXT.name
     assert (calibration["samples"], calibration["length"], calibration["seed"]) == (16, 128, 0)
     assert len(bytes.fromhex(calibration["sha256"])) == 32
+    assert set(values["pt2.reordered"]) == {
+        f"blk.{layer}.ffn_{part}.weight"
+        for layer in range(CONFIG["num_hidden_layers"])
+        for part in ("gate", "up", "down")
+    }
     assert values["general.architecture"] == "llama"
     assert values["llama.block_count"] == CONFIG["num_hidden_layers"]
     assert len(values["tokenizer.ggml.tokens"]) == VOCABULARY

@@ -32,6 +32,7 @@ class SmallFile:
     def __init__(self, gguf, block_type=TQ2_1) -> None:
         self.gguf = gguf
         self.version = 1
+        self.reordered: list[str] | list[int] = []
         rng = np.random.default_rng(0)
         self.tensors: dict[str, tuple[np.ndarray, str | None]] = {}
 
@@ -78,6 +79,8 @@ class SmallFile:
             writer.add_uint32("pt2.version", self.version)
         else:
             writer.add_string("pt2.version", self.version)
+        if self.reordered:
+            writer.add_array("pt2.reordered", self.reordered)
         for name, (data, type_name) in self.tensors.items():
             qtype = gguf.GGMLQuantizationType[type_name.upper()] if type_name else None
             writer.add_tensor(name, data, raw_dtype=qtype)
@@ -115,6 +118,16 @@ def test_unknown_version(tmp_path, gguf):
     file.version = "1"
     (said,) = load(file.write(tmp_path / "text.gguf"))
     assert "pt2.version has type str instead of u32" in said
+
+
+def test_names_that_are_numbers(tmp_path, gguf):
+    file = SmallFile(gguf)
+    file.reordered = ["blk.0.ffn_up.weight", "of no tensor"]
+    (said,) = load(file.write(tmp_path / "names.gguf"))
+    assert said == "loads and decodes"
+    file.reordered = [0, 1]
+    (said,) = load(file.write(tmp_path / "numbers.gguf"))
+    assert "pt2.reordered is not an array of strings" in said
 
 
 def spoilt_perms():
