@@ -20,9 +20,7 @@ def fold_orders(
 ) -> dict[str, TernaryWeight]:
     """A layer's weights with every down projection's order moved into its producers' rows."""
     folded = dict(weights)
-    for name, pair in _foldable(weights, biases):
-        order = weights[name].perm
-        assert order is not None
+    for name, order, pair in _foldable(weights, biases):
         folded[name] = replace(weights[name], perm=None)
         for producer in pair:
             folded[producer] = _reorder_rows(folded[producer], order)
@@ -31,17 +29,18 @@ def fold_orders(
 
 def reordered(weights: Mapping[str, TernaryWeight], biases: Collection[str]) -> set[str]:
     """The names of those weights whose rows or columns :func:`fold_orders` moves for good."""
-    return {moved for name, pair in _foldable(weights, biases) for moved in (name, *pair)}
+    return {moved for name, _, pair in _foldable(weights, biases) for moved in (name, *pair)}
 
 
 def _foldable(
     weights: Mapping[str, TernaryWeight], biases: Collection[str]
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Down projections whose order can be folded, and the weights that produce their inputs."""
+) -> Iterator[tuple[str, Tensor, tuple[str, str]]]:
+    """Down projections whose order can be folded, it, and the weights that produce their inputs."""
+    available = {*weights, *biases}
     for name, weight in weights.items():
-        pair = producers(name, {*weights, *biases})
+        pair = producers(name, available)
         if weight.perm is not None and pair is not None:
-            yield name, pair
+            yield name, weight.perm, pair
 
 
 def _reorder_rows(weight: TernaryWeight, order: Tensor) -> TernaryWeight:

@@ -81,7 +81,7 @@ def test_perplexity_as_on_the_cpu(installation, converted, block_type, columns) 
 @pytest.mark.parametrize("mode", ["layer", "tensor"])
 @pytest.mark.parametrize("columns", [1, 256])
 def test_two_gpus_as_one(installation, converted, gpus, block_type, mode, columns) -> None:
-    """(llama.cpp has no --split-mode row on CUDA any more; tensor took its place.)"""
+    """llama.cpp has no --split-mode row on CUDA any more: tensor took its place."""
     if len(gpus) < 2:
         pytest.skip("needs two GPUs")
     file = getattr(converted, block_type)

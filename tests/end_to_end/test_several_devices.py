@@ -16,14 +16,14 @@ ALL_LAYERS = ["-ngl", 99]
 @pytest.fixture
 def two_devices(installation) -> Iterator[list[object]]:
     """The options for two servers as devices."""
-    servers = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    first, second = (int(server.rpartition(":")[2]) for server in servers)
+    first, second = free_port(), free_port()
+    servers = f"127.0.0.1:{first},127.0.0.1:{second}"
     options = ["--host", "127.0.0.1", "--threads", 1]
     with (
         serving(installation, "ggml-rpc-server", first, *options),
         serving(installation, "ggml-rpc-server", second, *options),
     ):
-        yield ["--rpc", ",".join(servers), "--device", "RPC0,RPC1", "--tensor-split", "1,1"]
+        yield ["--rpc", servers, "--device", "RPC0,RPC1", "--tensor-split", "1,1"]
 
 
 @pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])

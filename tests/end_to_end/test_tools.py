@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
-from llama_tools import COLOUR, free_port, perplexity, run_tool, serving
+from llama_tools import COLOUR, free_port, perplexity, run_tool, serving, start_tool
 
 from pt2gguf.blocks import BLOCK_SIZE, BLOCK_TYPES
 from pt2gguf.cli import main as pt2gguf
@@ -152,6 +152,20 @@ def request_when_loaded(url: str, body: dict) -> dict:
             if error.code != 503 or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+@TYPES
+def test_rpc(installation, converted, block_type) -> None:
+    """Another process computes: types and column orders survive the wire."""
+    file = getattr(converted, block_type)
+    port = free_port()
+    with serving(installation, "ggml-rpc-server", port, "--host", "127.0.0.1", "--threads", 1):
+        options = ["--rpc", f"127.0.0.1:{port}", "-ngl", 99, "-v"]
+        finished = start_tool(installation, "llama-completion", "-m", file, *GREEDY, *options)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    for layer in range(4):
+        assert re.search(rf"layer +{layer} assigned to device RPC0", finished.stderr)
+    assert after_prompt(finished.stdout) == continuation(installation, file)
 
 
 # llama.cpp's own tests --------------------------------------------------------------------------
