@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pt2gguf.convert.groups import Group, Stage
+from pt2gguf.errors import Pt2Error
 
 
 class _Seen(Exception):  # noqa: N818 - a signal, not a failure
@@ -83,3 +84,13 @@ def replayed_outputs(layer: nn.Module, outputs: Mapping[str, Any]) -> Iterator[N
 
     with hooked(layer, {name: replay(name) for name in outputs}):
         yield
+
+
+def require_finite(values: Tensor, source: str) -> None:
+    """Raises Pt2Error naming `source` and the count if any of `values` is NaN or infinite."""
+    bad = values.numel() - int(torch.isfinite(values).sum())
+    if bad:
+        raise Pt2Error(
+            f"{bad} outputs of {source} are NaN or infinite: calibrate on other text, or check "
+            "that the checkpoint works in float32"
+        )

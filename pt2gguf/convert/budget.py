@@ -41,7 +41,7 @@ def spend_budget(
         ternary = layer(layer_of[name])[name].dequantize()
         return {TERNARY: ternary} | {kind: values(weight) for kind, values in stored.items()}
 
-    found = divergences(skeleton, ids[:SAMPLES, :LENGTH], layer_of, versions, device)
+    found = divergences(skeleton, ids[:SAMPLES, :LENGTH], layer_of, versions, work.path, device)
     sizes: dict[str, int] = {}
     losses: dict[str, dict[str, float]] = {}
     for name, of_name in found.items():

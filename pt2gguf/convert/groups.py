@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pt2gguf.blocks import BLOCK_SIZE
@@ -160,6 +161,20 @@ class InputGroups:
         module = self._modules[name]
         assert isinstance(module, nn.Linear)
         return module.in_features
+
+
+@torch.no_grad()
+def watched_stages(
+    layer: nn.Module, linears: Sequence[str], passes: Iterable[Callable[[], object]]
+) -> list[Stage]:
+    """The stages of `linears`, as they show in forward passes of `layer`, as many as that takes."""
+    groups = InputGroups(layer, linears)
+    for run in passes:
+        with groups.watch():
+            run()
+        if groups.all_seen():
+            break
+    return groups.stages()
 
 
 def statistics_bytes(columns: int) -> int:

@@ -13,10 +13,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pt2gguf.convert.activations import recorded_outputs, replayed_outputs, stage_inputs
-from pt2gguf.convert.groups import EXPERT, Group, InputGroups, Stage, Stored, round_kept, routers
+from pt2gguf.convert.activations import (
+    recorded_outputs,
+    replayed_outputs,
+    require_finite,
+    stage_inputs,
+)
+from pt2gguf.convert.groups import (
+    EXPERT,
+    Group,
+    Stage,
+    Stored,
+    round_kept,
+    routers,
+    watched_stages,
+)
 from pt2gguf.convert.progress import Reporter
-from pt2gguf.convert.workdir import Layer, WorkDirectory
+from pt2gguf.convert.workdir import Layer, WorkDirectory, group_key
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 from pt2gguf.model.mlp import producers
@@ -24,6 +37,7 @@ from pt2gguf.ternary import (
     InputStatistics,
     Method,
     NonFiniteInputs,
+    OutputStatistics,
     TernarizationReport,
     TernaryWeight,
     relative_error,
@@ -88,7 +102,8 @@ def ternarize_layers(
 ) -> list[Tensor]:
     """Fill `work` with the ternary weights of every decoder layer that it does not hold yet.
 
-    texts: each (samples, length) int64, the calibration text. Inputs come from the layers before as
+    texts: each (samples, length) int64, the calibration text, of which `work` holds the output
+    statistics if the method wants them. Inputs come from the layers before as
     already ternarized, and with method.gptaq also from the full-precision ones. Matrices that stay
     in a stock type count as `stored` there. Layers that `work` holds are run, not computed again,
     so an interrupted conversion ends with the same bytes.
@@ -113,7 +128,9 @@ def ternarize_layers(
             if finished[index]:
                 layer.replace(work.load_layer(index).weights)
             else:
-                work.save_layer(index, layer.ternarize(work.kept, method, reporter))
+                outputs = work.load_outputs(index) or {}
+                work.save_layer(index, layer.ternarize(work.kept, method, outputs, reporter))
+            work.drop_outputs(index)
             if index + 1 < needed or work.tunes:
                 layer.advance(others)
             del layer  # before the next one is loaded
@@ -154,8 +171,17 @@ class LayerRun:
         stored_name = partial(self._skeleton.stored_name, self._index)
         round_kept(self._layer, stored_name, kept, stored)
 
-    def ternarize(self, kept: Mapping[str, str], method: Method, reporter: Reporter) -> Layer:
-        """Ternarize every linear layer but those in `kept`, each on what those before it give."""
+    def ternarize(
+        self,
+        kept: Mapping[str, str],
+        method: Method,
+        outputs: Mapping[str, OutputStatistics],
+        reporter: Reporter,
+    ) -> Layer:
+        """Ternarize every linear layer but those in `kept`, each on what those before it give.
+
+        outputs: by `group_key`, as `collect_outputs` stores them.
+        """
         done = Layer({}, {})
         available = self._skeleton.checkpoint.tensors.keys() - kept.keys()
         stages = self._stages(kept)
@@ -164,7 +190,7 @@ class LayerRun:
             collected = self._statistics(stage, method, reporter, last=stage is stages[-1])
             for group in stage.groups:
                 statistics = collected.pop(group)
-                results = self._ternarize_group(group, statistics, method, available)
+                results = self._ternarize_group(group, statistics, method, outputs, available)
                 for name, weight, report in results:
                     if report.damping > method.damping:
                         reporter.note(
@@ -219,13 +245,9 @@ class LayerRun:
         ]
         if not linears:
             return []
-        groups = InputGroups(self._layer, linears)
-        for run, part in self._parts(self._ternary_windows):
-            with groups.watch():
-                run(self._layer, part)
-            if groups.all_seen():
-                break
-        return groups.stages()
+        parts = self._parts(self._ternary_windows)
+        passes = (partial(run, self._layer, part) for run, part in parts)
+        return watched_stages(self._layer, linears, passes)
 
     def _parts(self, texts: Sequence[Windows]) -> list[tuple[Run, Tensor]]:
         """The parts of all texts, with the function that runs a layer on them."""
@@ -296,6 +318,7 @@ class LayerRun:
         group: Group,
         statistics: InputStatistics,
         method: Method,
+        outputs: Mapping[str, OutputStatistics],
         available: Collection[str],
     ) -> Iterator[tuple[str, TernaryWeight, TernarizationReport]]:
         modules = [self._layer.get_submodule(module) for module in group.modules]
@@ -305,10 +328,12 @@ class LayerRun:
         if not method.stack_shared_inputs or len(weights) == 1:
             for name, weight in zip(names, weights, strict=True):
                 with _named(name):
-                    yield name, *ternarize(weight, statistics, method)
+                    of_rows = self._placed(outputs.get(name))
+                    yield name, *ternarize(weight, statistics, method, of_rows)
             return
         with _named(" + ".join(names)):
-            stacked, report = ternarize(torch.cat(weights), statistics, method)
+            of_rows = self._placed(outputs.get(group_key(names)))
+            stacked, report = ternarize(torch.cat(weights), statistics, method, of_rows)
         rows = [len(weight) for weight in weights]
         H = statistics.hessian
         for name, original, alpha, mu, digits in zip(
@@ -323,6 +348,9 @@ class LayerRun:
             error = relative_error(original, ternary, H)
             yield name, ternary, dataclasses.replace(report, relative_error=error)
 
+    def _placed(self, outputs: OutputStatistics | None) -> OutputStatistics | None:
+        return outputs and OutputStatistics([part.to(self._device) for part in outputs.parts])
+
 
 def method_for(name: str, method: Method, available: Collection[str]) -> Method:
     """The method as it applies to the weight `name`.
@@ -336,16 +364,6 @@ def method_for(name: str, method: Method, available: Collection[str]) -> Method:
     if EXPERT.search(name) and producers(name, available) is None:
         return dataclasses.replace(method, ssr=False)
     return method
-
-
-def require_finite(values: Tensor, source: str) -> None:
-    """Raises Pt2Error naming `source` and the count if any of `values` is NaN or infinite."""
-    bad = values.numel() - int(torch.isfinite(values).sum())
-    if bad:
-        raise Pt2Error(
-            f"{bad} outputs of {source} are NaN or infinite: calibrate on other text, or check "
-            "that the checkpoint works in float32"
-        )
 
 
 @contextmanager

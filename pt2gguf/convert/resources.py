@@ -12,10 +12,13 @@ import torch
 
 from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.errors import Pt2Error
+from pt2gguf.ternary import output_bytes
 
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 # Square matrices (m, m) and weight-shaped ones (n, m), float64, alive at once in `ternarize`.
 SQUARES, WEIGHTS = 10, 6
+# Of a group's output statistics, besides themselves: in float64, with inverses and factors.
+OUTPUT_COPIES = 6
 # Tensors (tokens, widest) alive at once in a forward pass, and in one whose gradients are wanted.
 ACTIVATIONS, KEPT_ACTIVATIONS = 8, 24
 # Numbers for each block of 128 weights while grids are tuned: alpha and mu, and for each of them a
@@ -35,11 +38,13 @@ CGROUP = Path("/sys/fs/cgroup")
 @dataclass(frozen=True)
 class LayerSize:
     """The largest decoder layer. parameters: their number; groups: (rows, columns) of each stacked
-    group of matrices; statistics: bytes of the statistics that are collected together."""
+    group of matrices; statistics: bytes of the input statistics that are collected together;
+    outputs: bytes of the output statistics of all groups, 0 if there are to be none."""
 
     parameters: int
     groups: Sequence[tuple[int, int]]
     statistics: int
+    outputs: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,48 @@ def estimate(
     widest = max((max(group) for group in layer.groups), default=hidden_size)
     forward = ACTIVATIONS * batch * length * widest * FLOAT32
     work = max((SQUARES * m * m + WEIGHTS * n * m for n, m in layer.groups), default=0) * FLOAT64
-    compute = copies * layer.parameters * FLOAT32 + layer.statistics + max(forward, work)
+    if layer.outputs:
+        work += OUTPUT_COPIES * max(output_bytes(n) for n, _ in layer.groups)
+    statistics = layer.statistics + layer.outputs
+    compute = copies * layer.parameters * FLOAT32 + statistics + max(forward, work)
     # Two bits a weight, alpha and mu for 128 of them, the permutation, and the description.
     disk = sum(n * m // 4 + n * m // 32 + 4 * m + DESCRIPTION for n, m in ternary)
     if on_gpu:
         # Weights pass through the host one by one, as if all of a layer were one.
-        host = CUDA_LIBRARIES + hidden + max(body, layer.parameters * READING)
+        host = CUDA_LIBRARIES + hidden + max(body, layer.parameters * READING, layer.outputs)
         return Needs(host=host, gpu=compute, disk=disk)
     return Needs(host=hidden + max(body, compute), gpu=0, disk=disk)
+
+
+def estimate_outputs(
+    *,
+    layer: LayerSize,
+    layers: int,
+    other_parameters: int,
+    tokens: int,
+    batch_tokens: int,
+    head_tokens: int,
+    hidden_size: int,
+    vocabulary: int,
+    on_gpu: bool,
+) -> Needs:
+    """An estimate from above of what the output statistics take.
+
+    layers: decoder layers; other_parameters: of the model outside of them; tokens: that are read;
+    batch_tokens, head_tokens: that run through the layers and through the head together.
+    """
+    widest = max((max(group) for group in layer.groups), default=hidden_size)
+    running = KEPT_ACTIVATIONS * batch_tokens * widest * FLOAT32
+    at_layer = 2 * layer.parameters * FLOAT32 + layer.outputs + running
+    at_head = other_parameters * FLOAT32 + LOGITS * head_tokens * vocabulary * FLOAT32
+    compute = max(at_layer, at_head)
+    hidden = 4 * tokens * hidden_size * FLOAT32
+    inputs = layers * tokens * hidden_size * FLOAT16
+    disk = inputs + layers * (layer.outputs + DESCRIPTION * len(layer.groups))
+    if on_gpu:
+        host = CUDA_LIBRARIES + hidden + max(other_parameters, layer.parameters) * READING
+        return Needs(host=host, gpu=compute, disk=disk)
+    return Needs(host=hidden + compute, gpu=0, disk=disk)
 
 
 def estimate_tuning(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pt2gguf.convert import gradients
 from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.groups import (
     STATISTICS_BYTES,
@@ -22,12 +23,14 @@ from pt2gguf.convert.groups import (
     statistics_bytes,
 )
 from pt2gguf.convert.machine import deterministic, usable_device
+from pt2gguf.convert.outputs import TOKENS_PER_BATCH, collect_outputs
 from pt2gguf.convert.pipeline import batch_size, ternarize_layers
 from pt2gguf.convert.progress import Reporter, SilentReporter
 from pt2gguf.convert.resources import (
     LayerSize,
     Needs,
     estimate,
+    estimate_outputs,
     estimate_tuning,
     require_disk,
     require_memory,
@@ -38,7 +41,7 @@ from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.convert.writing import write_text, written_length
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import Checkpoint, Skeleton
-from pt2gguf.ternary import Method
+from pt2gguf.ternary import Method, output_bytes
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def ternarize_checkpoint(
             with deterministic(device, threads):
                 written = _written_text(checkpoint, calibration, method, work, device, reporter)
                 texts, further = split_texts(calibration.ids, written)
+                if method.output_tokens:
+                    collect_outputs(skeleton, texts, method, work, device, reporter)
                 full_precision = ternarize_layers(
                     skeleton, texts, further, method, work, stored, device, reporter
                 )
@@ -187,6 +192,7 @@ def make_plan(skeleton: Skeleton, keep: Keep) -> Plan:
         max(size.parameters for size in sizes),
         sorted({group for size in sizes for group in size.groups}),
         max(size.statistics for size in sizes),
+        max(size.outputs for size in sizes),
     )
     return Plan(ternary, kept, largest)
 
@@ -203,8 +209,9 @@ def conversion_needs(
     shapes = list(plan.ternary.values())
     on_gpu = device.type == "cuda"
     written = method.written_windows * written_length(length)
+    layer = plan.layer if method.output_tokens else replace(plan.layer, outputs=0)
     layers = estimate(
-        layer=plan.layer,
+        layer=layer,
         body_parameters=skeleton.body_parameters(),
         ternary=shapes,
         samples=samples,
@@ -215,14 +222,28 @@ def conversion_needs(
         full_precision=bool(method.gptaq or method.tuning_epochs),
         on_gpu=on_gpu,
     )
+    tensors = skeleton.checkpoint.tensors
+    others = sum(t.elements for name, t in tensors.items() if name not in plan.ternary)
+    if method.output_tokens:
+        outputs = estimate_outputs(
+            layer=plan.layer,
+            layers=len(skeleton),
+            other_parameters=others,
+            tokens=min(method.output_tokens, samples * length),
+            batch_tokens=max(TOKENS_PER_BATCH, length),
+            head_tokens=gradients.TOKENS_PER_HEAD,
+            hidden_size=skeleton.config.hidden_size,
+            vocabulary=skeleton.config.vocab_size,
+            on_gpu=on_gpu,
+        )
+        layers = outputs.then(layers)
     if not method.tuning_epochs:
         return layers
-    tensors = skeleton.checkpoint.tensors
     tuning = estimate_tuning(
         layer=plan.layer,
         layers=len(skeleton),
         ternary=shapes,
-        other_parameters=sum(t.elements for name, t in tensors.items() if name not in plan.ternary),
+        other_parameters=others,
         tokens=samples * length + written,
         step_tokens=step_size(length) * length,
         head_tokens=TOKENS_PER_HEAD,
@@ -251,7 +272,8 @@ def _layer_size(parameters: int, shapes: Mapping[str, tuple[int, int]], mixture:
     stacked = [(rows, columns) for (_, columns), rows in groups.items()]
     single = max((statistics_bytes(columns) for _, columns in stacked), default=0)
     together = sum(statistics_bytes(columns) for _, columns in stacked) if mixture else 0
-    return LayerSize(parameters, stacked, max(single, min(together, STATISTICS_BYTES)))
+    outputs = sum(output_bytes(rows) for rows, _ in stacked)
+    return LayerSize(parameters, stacked, max(single, min(together, STATISTICS_BYTES)), outputs)
 
 
 def require_readable_ids(skeleton: Skeleton, calibration: Calibration) -> None:

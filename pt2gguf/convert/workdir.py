@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -20,13 +20,19 @@ from torch import Tensor
 from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.settings import Settings, differences
 from pt2gguf.errors import Pt2Error
-from pt2gguf.ternary import TernaryWeight
+from pt2gguf.ternary import OutputStatistics, TernaryWeight
 
 SETTINGS = "settings.json"
 LOCK = "lock"
 WRITTEN = "written.safetensors"
 TUNING = "tuning.safetensors"
-RESULTS = ("layer-*.safetensors", "tuned-*.safetensors", WRITTEN, TUNING)
+RESULTS = (
+    "layer-*.safetensors",
+    "outputs-*.safetensors",
+    "tuned-*.safetensors",
+    WRITTEN,
+    TUNING,
+)
 # As safetensors spells the types of what is kept here.
 DTYPES = {
     torch.float16: "F16",
@@ -66,6 +72,11 @@ class PackedWeight:
         return TernaryWeight(self.alpha, self.mu, unpack_digits(self.digits), self.perm)
 
 
+def group_key(names: Sequence[str]) -> str:
+    """What names the group of weights with these checkpoint names."""
+    return " + ".join(names)
+
+
 class WorkDirectory:
     """A directory that one conversion at a time may use; locked until `close`.
 
@@ -73,6 +84,10 @@ class WorkDirectory:
     NAME and shape (n, m) is NAME#alpha and NAME#mu, (n, m / 128) float16; NAME#digits, (n, m / 4)
     uint8, where bits 2k and 2k+1 of byte j of each 32 are the digit + 1 of column 32 k + j of the
     block (the layout of TQ2_1); and NAME#perm, (m,) int32, unless it is the identity.
+
+    outputs-0000.safetensors and so on hold, until that layer is ternary, the second moments of the
+    gradients at its outputs: KEY#0 and so on, (r, r) float32, for the parts of the outputs of the
+    weights that are ternarized together (`group_key`).
 
     With a method that tunes the grids, written.safetensors holds the text that the model wrote for
     that, tuning.safetensors the state of a tuning that is under way, and tuned-0000.safetensors and
@@ -230,6 +245,30 @@ class WorkDirectory:
             for name, weight in weights.items()
         }
 
+    def save_outputs(self, index: int, statistics: Mapping[str, OutputStatistics]) -> None:
+        """Store those of layer `index`, by `group_key`."""
+        tensors = {
+            f"{name}#{number}": part.cpu()
+            for name, of_group in statistics.items()
+            for number, part in enumerate(of_group.parts)
+        }
+        _save(self._outputs_file(index), {"layer": index}, tensors)
+
+    def load_outputs(self, index: int) -> dict[str, OutputStatistics] | None:
+        """What `save_outputs` stored; None if there is nothing, or it is damaged."""
+        found = _read(self._outputs_file(index))
+        if found is None:
+            return None
+        parts: dict[str, dict[int, Tensor]] = {}
+        for key, part in found[1].items():
+            name, _, number = key.rpartition("#")
+            parts.setdefault(name, {})[int(number)] = part
+        return {n: OutputStatistics([p for _, p in sorted(of.items())]) for n, of in parts.items()}
+
+    def drop_outputs(self, index: int) -> None:
+        """Delete what `save_outputs` stored."""
+        self._outputs_file(index).unlink(missing_ok=True)
+
     def save_written(self, ids: Tensor) -> None:
         """Store the text that the model wrote, ids (windows, length) int64."""
         _save(self.path / WRITTEN, {}, {"ids": ids})
@@ -250,6 +289,9 @@ class WorkDirectory:
 
     def _file(self, index: int) -> Path:
         return self.path / f"layer-{index:04d}.safetensors"
+
+    def _outputs_file(self, index: int) -> Path:
+        return self.path / f"outputs-{index:04d}.safetensors"
 
     def _tuned_file(self, index: int) -> Path:
         return self.path / f"tuned-{index:04d}.safetensors"

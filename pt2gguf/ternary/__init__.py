@@ -2,7 +2,12 @@
 
 from pt2gguf.ternary.grid import round_to_half
 from pt2gguf.ternary.method import METHODS, Method
-from pt2gguf.ternary.statistics import InputStatistics, NonFiniteInputs
+from pt2gguf.ternary.statistics import (
+    InputStatistics,
+    NonFiniteInputs,
+    OutputStatistics,
+    output_bytes,
+)
 from pt2gguf.ternary.ternarize import TernarizationReport, relative_error, ternarize
 from pt2gguf.ternary.weight import TernaryWeight
 
@@ -11,8 +16,10 @@ __all__ = [
     "InputStatistics",
     "Method",
     "NonFiniteInputs",
+    "OutputStatistics",
     "TernarizationReport",
     "TernaryWeight",
+    "output_bytes",
     "relative_error",
     "round_to_half",
     "ternarize",

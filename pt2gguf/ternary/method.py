@@ -27,6 +27,10 @@ class Method:
     feedback: round a block's columns one by one with error feedback, then refit its grid.
     descent_sweeps: sweeps of coordinate descent over a block's digits, a refit after each.
     stack_shared_inputs: ternarize layers with the same input (q, k, v; gate, up) as one matrix.
+    output_tokens: tokens of the calibration text whose gradients tell how much each output matters,
+        together with which others: rows then compensate the errors of rows before them. 0: rows do
+        not know of each other.
+    output_damping: as `damping`, for the second moments of those gradients.
     tuning_epochs: passes over the text in which alpha and mu of the whole model are tuned on its
         logits, digits frozen; 0 leaves them as they are.
     tuning_rate: the learning rate at the start, in units of each block's alpha.
@@ -49,6 +53,8 @@ class Method:
     stack_shared_inputs: bool = True
     ssr_skip: tuple[str, ...] = ()
     reorder_by: str = "similarity"
+    output_tokens: int = 32768
+    output_damping: float = 0.2
     tuning_epochs: int = 1
     tuning_rate: float = 1e-2
     written_windows: int = 64
@@ -72,6 +78,7 @@ METHODS: dict[str, Method] = {
         descent_sweeps=0,
         stack_shared_inputs=False,
         ssr_skip=("down_proj",),
+        output_tokens=0,
         tuning_epochs=0,
         written_windows=0,
     ),

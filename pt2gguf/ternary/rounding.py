@@ -47,39 +47,44 @@ def descend_digits(W: Tensor, alpha: Tensor, mu: Tensor, T: Tensor, M: Tensor) -
 
 
 class Replayed:
-    """One of the functions above, its kernels replayed as one CUDA graph where there is a GPU.
+    """A function of tensors, its kernels replayed as one CUDA graph where there is a GPU.
 
-    They are thousands of small ones, which take longer to launch one by one than to run. The graph
-    is that of the first call: the following ones must bring tensors of the same shapes.
+    They are thousands of small ones, which take longer to launch one by one than to run. There is a
+    graph for each combination of shapes; the function must not wait for the GPU.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self._function = function
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, ...] = ()
-        self._output = torch.empty(0)
+        self._graphs: dict[tuple[torch.Size, ...], _Graph] = {}
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not inputs[0].is_cuda:
             return self._function(*inputs)
-        if self._graph is None:
-            self._capture(inputs)
-        assert self._graph is not None
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
-        self._graph.replay()
-        return self._output.clone()
+        shapes = tuple(given.shape for given in inputs)
+        if shapes not in self._graphs:
+            self._graphs[shapes] = _Graph(self._function, inputs)
+        return self._graphs[shapes].replay(inputs)
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+
+class _Graph:
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+    ) -> None:
         self._inputs = tuple(given.clone() for given in inputs)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside, for what libraries do the first time
-            self._function(*self._inputs)
+            function(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._output = self._function(*self._inputs)
+            self._outputs = function(*self._inputs)
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._graph.replay()
+        return tuple(output.clone() for output in self._outputs)
 
 
 def _in_grid_units(W: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Second moments of a layer's calibration inputs."""
+"""Second moments of a layer's calibration inputs, and of the gradients at its outputs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,3 +63,37 @@ class InputStatistics:
     def cross(self) -> Tensor | None:
         """(m, m) float64: 2 / tokens * sum (x_full - x) x^T; None without full precision."""
         return None if self._cross is None else self._cross * (2 / max(self.tokens, 1))
+
+
+# Rows of a part: a matrix of second moments is of use while there are several times as many tokens.
+PART_ROWS = 2048
+
+
+class OutputStatistics:
+    """Accumulates g g^T over calibration tokens, for one part of the outputs after the other."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        """parts: the sums so far, (r, r) float32 for each part."""
+        self.parts = parts
+
+    @staticmethod
+    def empty(rows: int, device: torch.device | str) -> OutputStatistics:
+        """For `rows` outputs, in parts as large as each other, PART_ROWS at the most."""
+        count = -(-rows // PART_ROWS)
+        sizes = [len(part) for part in torch.arange(rows).tensor_split(count)]
+        return OutputStatistics([torch.zeros(size, size, device=device) for size in sizes])
+
+    def add(self, gradients: Tensor) -> None:
+        """Count a batch: (tokens, n) float32."""
+        sizes = [len(part) for part in self.parts]
+        for part, g in zip(self.parts, gradients.split(sizes, dim=1), strict=True):
+            part += g.T @ g
+
+    def matrices(self) -> list[Tensor]:
+        """The sums, float64; their scale means nothing."""
+        return [part.double() for part in self.parts]
+
+
+def output_bytes(rows: int) -> int:
+    """At most, of an OutputStatistics for `rows` outputs."""
+    return 4 * rows * min(rows, PART_ROWS)

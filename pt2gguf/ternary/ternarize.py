@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,8 +29,9 @@ from pt2gguf.ternary.grid import (
 )
 from pt2gguf.ternary.method import Method
 from pt2gguf.ternary.rounding import Replayed, descend_digits, digits_with_feedback
+from pt2gguf.ternary.row_feedback import RowStep, all_rows_at_once, row_steps
 from pt2gguf.ternary.ssr import fixed_order, select_block
-from pt2gguf.ternary.statistics import InputStatistics
+from pt2gguf.ternary.statistics import InputStatistics, OutputStatistics
 from pt2gguf.ternary.weight import TernaryWeight
 
 
@@ -55,20 +58,25 @@ class _Block:
     alpha: Tensor
     mu: Tensor
     T: Tensor
+    error: Tensor
     itf_rounds: int
     singular_rows: int
 
 
 def ternarize(
-    weights: Tensor, statistics: InputStatistics, method: Method
+    weights: Tensor,
+    statistics: InputStatistics,
+    method: Method,
+    outputs: OutputStatistics | None = None,
 ) -> tuple[TernaryWeight, TernarizationReport]:
     """Ternarize one matrix.
 
     weights: (n, m), m a multiple of method.block_size, any float type, on the same device as the
-    statistics. Works in float64 and does not change its arguments. Raises Pt2Error for weights
-    that are not finite or too large for float16 scales.
+    statistics. outputs: of its n outputs; without, rows are rounded without regard to each other.
+    Works in float64 and does not change its arguments. Raises Pt2Error for weights that are not
+    finite or too large for float16 scales.
     """
-    columns = weights.shape[1]
+    rows, columns = weights.shape
     size = method.block_size
     if columns % size:
         raise ValueError(f"{columns} columns are no multiple of the block size {size}")
@@ -80,35 +88,40 @@ def ternarize(
     H = statistics.hessian
     P, damping = damped_inverse(H, method.damping)
     cross = _cross(statistics, method)
+    if outputs is None:
+        steps = all_rows_at_once(rows, weights.device)
+    else:
+        steps = row_steps(outputs.matrices(), method.output_damping)
 
-    W = original
+    wanted = original
     if cross is not None and method.gptaq_upfront:
-        W = asymmetric_target(W, cross, P, method.gptaq)
+        wanted = asymmetric_target(wanted, cross, P, method.gptaq)
     remaining = torch.arange(columns, device=weights.device)
     by_similarity = method.ssr and method.reorder_by == "similarity"
     if method.ssr and not by_similarity:
         remaining = fixed_order(method.reorder_by, H)
-        W, P = W[:, remaining], P[remaining.unsqueeze(1), remaining]
-    feedback, descend = Replayed(digits_with_feedback), Replayed(descend_digits)
+        wanted, P = wanted[:, remaining], P[remaining.unsqueeze(1), remaining]
+    W = wanted  # with what the columns before ask of these
+    round_rows = Replayed(partial(_round_rows, method))
     blocks: list[_Block] = []
     order: list[Tensor] = []
     while len(remaining):
         block, rest = _choose_block(W, size, by_similarity)
         factors, P = split_block(P, block, rest)
-        W_B = W[:, block]
+        W_B, wanted_B = W[:, block], wanted[:, block]
         chosen = remaining[block]
         S = H[chosen.unsqueeze(1), chosen]
-        done = _ternarize_block(W_B, S, factors, method, feedback, descend)
+        done = _ternarize_block(W_B, W_B - wanted_B, S, factors, method, steps, round_rows)
         blocks.append(done)
         order.append(chosen)
 
-        W = W[:, rest]
+        W, wanted = W[:, rest], wanted[:, rest]
         remaining = remaining[rest]
         if method.gptq:
-            E = W_B - grid_values(done.alpha.double(), done.mu.double(), done.T)
-            W = W + (exact_update if method.exact else diagonal_update)(E, factors)
+            W = W + (exact_update if method.exact else diagonal_update)(done.error, factors)
         if cross is not None and not method.gptaq_upfront:
-            W = W + asymmetric_update(W_B, cross[chosen.unsqueeze(1), remaining], P, method.gptaq)
+            shift = asymmetric_update(W_B, cross[chosen.unsqueeze(1), remaining], P, method.gptaq)
+            W, wanted = W + shift, wanted + shift
 
     weight = TernaryWeight(
         alpha=torch.stack([b.alpha for b in blocks], dim=1),
@@ -147,38 +160,72 @@ def _choose_block(W: Tensor, size: int, by_similarity: bool) -> tuple[Tensor, Te
 
 def _ternarize_block(
     W: Tensor,
+    from_columns: Tensor,
     S: Tensor,
     factors: BlockFactors,
     method: Method,
-    feedback: Replayed,
-    descend: Replayed,
+    steps: Sequence[RowStep],
+    round_rows: Replayed,
 ) -> _Block:
-    """Grid and digits of one block W (n, b); S (b, b) is H_BB. alpha and mu come as float16."""
-    cost = factors.metric
-    metric = cost if method.exact else S
+    """Grid and digits of one block W (n, b); S (b, b) is H_BB. alpha and mu come as float16.
+
+    from_columns: the part of W that compensates columns before. Later rows answer for the error
+    against the rest: what earlier columns asked of a row is no error of it.
+    """
+    metric = factors.metric
     alpha, mu, T = initial_grid(W)
     rounds = 0
     if method.itf:
         alpha, mu, T, rounds = iterative_ternary_fitting(W, alpha, mu, T)
     singular = torch.zeros(len(W), dtype=torch.bool, device=W.device)
-    if method.aga:
-        alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
-    if method.feedback:
-        T = feedback(W, alpha, mu, factors.L)
-        if method.aga:
-            alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
-    for _ in range(method.descent_sweeps):
-        T = descend(W, alpha, mu, T, cost)
-        if method.aga:
-            alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
-    alpha, T = nonnegative_scale(alpha, T)
+    targets = W.clone()
+    error = torch.empty_like(W)
+    for step in steps:
+        rows = step.rows
+        w = targets[rows]
+        alpha[rows], mu[rows], T[rows], singular[rows] = round_rows(
+            w, alpha[rows], mu[rows], T[rows], metric if method.exact else S, metric, factors.L
+        )
+        error[rows] = w - grid_values(_as_stored(alpha[rows]), _as_stored(mu[rows]), T[rows])
+        step.compensate(error - from_columns, targets)
     return _Block(
         round_to_half(alpha, "scale"),
         round_to_half(mu, "offset"),
         T,
+        error,
         rounds,
         int(singular.sum()),
     )
+
+
+def _round_rows(
+    method: Method,
+    W: Tensor,
+    alpha: Tensor,
+    mu: Tensor,
+    T: Tensor,
+    metric: Tensor,
+    cost: Tensor,
+    L: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Grid and digits of rows W (r, b), from those that they have, and whether AGA was singular."""
+    singular = torch.zeros(len(W), dtype=torch.bool, device=W.device)
+    if method.aga:
+        alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
+    if method.feedback:
+        T = digits_with_feedback(W, alpha, mu, L)
+        if method.aga:
+            alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
+    for _ in range(method.descent_sweeps):
+        T = descend_digits(W, alpha, mu, T, cost)
+        if method.aga:
+            alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
+    alpha, T = nonnegative_scale(alpha, T)
+    return alpha, mu, T, singular
+
+
+def _as_stored(values: Tensor) -> Tensor:
+    return values.to(torch.float16).double()
 
 
 def relative_error(W: Tensor, weight: TernaryWeight, H: Tensor) -> float:

@@ -21,6 +21,7 @@ from pt2gguf.convert.resources import (
     require_disk,
 )
 from pt2gguf.convert.run import conversion_needs, make_plan, ternarize_checkpoint
+from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.convert.writing import write_text
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import Checkpoint, Skeleton
@@ -28,7 +29,7 @@ from pt2gguf.ternary import METHODS
 
 CPU = torch.device("cpu")
 IDS = Calibration(torch.zeros(4, 16, dtype=torch.int64), {})
-LAYERS_ALONE = replace(METHODS["default"], tuning_epochs=0, written_windows=0)
+LAYERS_ALONE = replace(METHODS["default"], output_tokens=0, tuning_epochs=0, written_windows=0)
 TUNED = replace(METHODS["default"], written_windows=3)
 Usage = namedtuple("Usage", "free")
 Memory = namedtuple("Memory", "available")
@@ -86,6 +87,22 @@ def test_work_directory_is_no_larger_than_estimated(tmp_path: Path) -> None:
     assert needs.disk <= size + weights * resources.DESCRIPTION
 
 
+def test_output_statistics_are_no_larger_than_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = Skeleton(Checkpoint(save_model(tmp_path / "m", "llama")))
+    plan = make_plan(skeleton, lambda name: None)
+    method = replace(LAYERS_ALONE, output_tokens=32)
+    without, needs = (conversion_needs(skeleton, plan, m, IDS, CPU) for m in (LAYERS_ALONE, method))
+    monkeypatch.setattr(WorkDirectory, "drop_outputs", lambda self, index: None)
+    with ternarize_checkpoint(skeleton.checkpoint, method, IDS, tmp_path / "w") as work:
+        size = sum(file.stat().st_size for file in work.path.glob("outputs-*.safetensors"))
+    inputs = 2 * 32 * skeleton.config.hidden_size * 2
+    # From above, but by less than twice: q, k and v count as if their inputs were o's too.
+    assert size + inputs <= needs.disk - without.disk < 2 * (size + inputs)
+    assert needs.host >= without.host
+
+
 def test_work_directory_with_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
     skeleton = Skeleton(Checkpoint(save_model(tmp_path / "m", "llama")))
@@ -100,7 +117,7 @@ def test_work_directory_with_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_estimate_follows_its_parts() -> None:
     base = {
-        "layer": LayerSize(10**6, [(2048, 1024)], 16 * 1024**2),
+        "layer": LayerSize(10**6, [(2048, 1024)], 16 * 1024**2, 16 * 1024**2),
         "body_parameters": 10**6,
         "ternary": [(2048, 1024)],
         "samples": 128,

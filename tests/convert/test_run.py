@@ -32,6 +32,7 @@ from pt2gguf.ternary import METHODS, InputStatistics, TernaryWeight, ternarize
 CPU = torch.device("cpu")
 # The layers alone: test_tuning.py is about what follows.
 DEFAULT = replace(METHODS["default"], tuning_epochs=0, written_windows=0)
+NO_OUTPUTS = replace(DEFAULT, output_tokens=0)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_every_architecture(
     assert bool(about_weights) == bool(routers)
 
 
-@pytest.mark.parametrize("method", [DEFAULT, METHODS["paper"], replace(DEFAULT, gptaq=0.0)])
+@pytest.mark.parametrize("method", [NO_OUTPUTS, METHODS["paper"], replace(NO_OUTPUTS, gptaq=0.0)])
 @torch.no_grad()
 def test_against_a_slow_reference(tmp_path: Path, method) -> None:
     """Whole models in memory, every group's inputs from a full forward pass of both."""
@@ -158,15 +159,18 @@ KILLED_CHILD = textwrap.dedent(
     from pt2gguf.ternary import METHODS
 
     base, moment = sys.argv[1:]
-    if moment == "saving":
+    if moment.startswith("saving"):
+        # Every file takes two, itself and its directory: settings.json, the output statistics of
+        # three layers, the layers.
+        last = 2 * int(moment.removeprefix("saving ")) - 1
         sync = os.fsync
         synced = []
-        def die_at_the_third_sync(descriptor):  # settings.json takes two: file and directory
+        def sync_or_die(descriptor):
             synced.append(descriptor)
-            if len(synced) == 5:
+            if len(synced) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
             sync(descriptor)
-        os.fsync = die_at_the_third_sync
+        os.fsync = sync_or_die
 
     class Reporter(SilentReporter):
         def weight_done(self, name, shape, error, seconds):
@@ -188,7 +192,8 @@ KILLED_CHILD = textwrap.dedent(
     [
         ("llama", "model.layers.0.self_attn.o_proj.weight", 0),
         ("llama", "model.layers.2.mlp.down_proj.weight", 2),
-        ("llama", "saving", 1),
+        ("llama", "saving 3", 0),
+        ("llama", "saving 6", 1),
         ("qwen3_moe", "model.layers.1.mlp.experts.2.up_proj.weight", 1),
     ],
 )
@@ -275,7 +280,7 @@ def test_rows_that_are_no_multiple_of_128(tmp_path: Path, calibration: Calibrati
             for i in range(2)
         }
         assert not any("down_proj" in name for name in list(work.layer_numbers()))
-    assert reporter.notes == [
+    assert reporter.notes[:1] == [
         "model.layers.*.mlp.down_proj.weight (2 of them) stays in a stock type: its row length 192 "
         "is not a multiple of 128"
     ]
@@ -331,7 +336,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, calibration: Calibration) -
     checkpoint = _spoil(save_model(tmp_path / "m", "llama"), name, float("nan"))
     with pytest.raises(Pt2Error, match=f"{name} .* holds 2 values that are NaN or infinite"):
         ternarize_checkpoint(checkpoint, DEFAULT, calibration, tmp_path / "w")
-    assert list(_files(tmp_path / "w")) == ["layer-0000.safetensors"]
+    assert not _files(tmp_path / "w")  # before any work is done
 
 
 def test_activations_that_are_not_finite(tmp_path: Path, calibration: Calibration) -> None:
@@ -341,7 +346,12 @@ def test_activations_that_are_not_finite(tmp_path: Path, calibration: Calibratio
         Pt2Error,
         match=r"^\d+ inputs of model.layers.1.self_attn.q_proj.weight are NaN, infinite or too l",
     ):
-        ternarize_checkpoint(checkpoint, DEFAULT, calibration, tmp_path / "w")
+        ternarize_checkpoint(checkpoint, NO_OUTPUTS, calibration, tmp_path / "w")
+    with pytest.raises(
+        Pt2Error,
+        match=r"^the gradients at the outputs of model.layers.1.\S+ .*NaN, infinite or too l",
+    ):
+        ternarize_checkpoint(checkpoint, DEFAULT, calibration, tmp_path / "w", force=True)
 
 
 def test_outputs_that_are_not_finite(tmp_path: Path, calibration: Calibration) -> None:
@@ -459,7 +469,8 @@ def test_console_without_a_terminal(tmp_path: Path, calibration: Calibration) ->
     ).close()
     lines = out.getvalue().splitlines()
     kinds = Counter("layer" if line.startswith("layer ") else line[:8] for line in lines)
-    assert kinds == {"layer": 2, "  model.": 14}
+    assert kinds == {"layer": 2, "  model.": 14, "note: th": 2}
+    lines = lines[2:]  # after the notes about the gradients
     assert lines[0].startswith("  model.layers.0.self_attn.q_proj.weight  128x128  error 0.")
     assert lines[7].startswith("layer 1/2 done in ")
     assert lines[7].endswith(" left")

@@ -1,0 +1,102 @@
+"""How much the model's predictions depend on each output of its linear layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pt2gguf.convert.gradients import GradientLayer, gradient_layers
+from pt2gguf.convert.groups import Group, watched_stages
+from pt2gguf.convert.machine import computes_bfloat16
+from pt2gguf.convert.progress import Reporter
+from pt2gguf.convert.workdir import WorkDirectory, group_key
+from pt2gguf.errors import Pt2Error
+from pt2gguf.model import Skeleton
+from pt2gguf.ternary import Method, OutputStatistics
+
+# Tokens in one pass. Part of the result, as sums over batches depend on it.
+TOKENS_PER_BATCH = 2048
+
+
+def collect_outputs(
+    skeleton: Skeleton,
+    texts: Sequence[Tensor],
+    method: Method,
+    work: WorkDirectory,
+    device: torch.device,
+    reporter: Reporter,
+) -> None:
+    """Store the output statistics of every layer that `work` has neither those nor weights of.
+
+    texts: each (samples, length) int64, of which method.output_tokens are read.
+    """
+    layers = range(len(skeleton))
+    if all(work.has_layer(index) or work.load_outputs(index) is not None for index in layers):
+        return
+    begun = time.monotonic()
+    reporter.note("the gradients at each layer's outputs are taken, to know which matter")
+    read = _beginnings(texts, method.output_tokens)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_bfloat16(device)):
+        for gradients in gradient_layers(skeleton, read, TOKENS_PER_BATCH, work.path, device):
+            index, layer = gradients.index, gradients.layer
+            names = {
+                module: skeleton.stored_name(index, f"{module}.weight")
+                for module, linear in layer.named_modules()
+                if isinstance(linear, nn.Linear)
+            }
+            ternary = [module for module, name in names.items() if name not in work.kept]
+            statistics = _statistics(gradients, ternary, method.stack_shared_inputs, device)
+            named = {
+                group_key([names[module] for module in group.modules]): found
+                for group, found in statistics.items()
+            }
+            for key, found in named.items():
+                _require_finite(key, found)
+            if not work.has_layer(index):
+                work.save_outputs(index, named)
+    reporter.note(f"that took {time.monotonic() - begun:.0f} s")
+
+
+def _beginnings(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first samples of each text, about `tokens` altogether and in proportion."""
+    share = min(1.0, tokens / sum(ids.numel() for ids in texts))
+    return [ids[: max(1, round(share * len(ids)))] for ids in texts]
+
+
+def _statistics(
+    gradients: GradientLayer, linears: Sequence[str], stacked: bool, device: torch.device
+) -> dict[Group, OutputStatistics]:
+    groups: Iterable[Group] = [
+        group
+        for stage in watched_stages(gradients.layer, linears, gradients.forward_passes())
+        for group in stage.groups
+    ]
+    if not stacked:
+        groups = [Group((m,), group.columns) for group in groups for m in group.modules]
+    found = {
+        group: OutputStatistics.empty(
+            sum(_rows(gradients.layer, module) for module in group.modules), device
+        )
+        for group in groups
+    }
+    for passes in gradients.passes(linears):
+        for group, statistics in found.items():
+            for calls in zip(*(passes.get(module, []) for module in group.modules), strict=True):
+                together = torch.cat([g.flatten(0, -2) for _, g in calls], dim=1)
+                statistics.add(together.float())
+    return found
+
+
+def _require_finite(names: str, statistics: OutputStatistics) -> None:
+    if not all(torch.isfinite(part).all() for part in statistics.parts):
+        raise Pt2Error(
+            f"the gradients at the outputs of {names} are NaN, infinite or too large to square: "
+            "calibrate on other text, or check that the checkpoint works in float32"
+        )
+
+
+def _rows(layer: nn.Module, module: str) -> int:
+    return len(layer.get_submodule(module).get_parameter("weight"))
