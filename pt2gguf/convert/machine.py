@@ -34,22 +34,26 @@ def deterministic(device: torch.device, threads: int) -> Iterator[None]:
     """Within this context, PyTorch gives the same result for the same input every time.
 
     On a GPU, products of float32 matrices are TF32's, which has the precision of the float16 that
-    such models are commonly calibrated in, and several times its speed; sums stay float32.
+    such models are commonly calibrated in, and several times its speed; sums stay float32. cuDNN's
+    attention is left out: its gradients depend on the order in which its parts finish.
     """
     precision_before = torch.get_float32_matmul_precision()
     threads_before = torch.get_num_threads()
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(precision_before)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
