@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig
 
 from pt2gguf.convert.calibration import Calibration
+from pt2gguf.convert.generation import roomy_cache, use_grouped_attention
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.resources import CUDA_LIBRARIES, FLOAT32, READING, Needs, require_memory
@@ -60,6 +60,7 @@ def write_text(
     )
     reporter.note(f"the model writes {windows} windows of {length} tokens to be calibrated on")
     model = load_model(checkpoint, {}, device, dtype)
+    use_grouped_attention(model)
     model.generation_config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -74,7 +75,7 @@ def write_text(
             model.generate(
                 part,
                 attention_mask=torch.ones_like(part),
-                past_key_values=None if model._is_stateful else _roomy_cache(config, length),
+                past_key_values=None if model._is_stateful else roomy_cache(config, length),
             ).cpu()
             for part in starts.split(batch)
         ]
@@ -89,45 +90,6 @@ def write_text(
 def written_length(calibration_length: int) -> int:
     """Tokens in a window that the model writes."""
     return min(calibration_length, LONGEST)
-
-
-class _RoomyLayer(DynamicLayer):
-    """One layer's keys and values, with room for all tokens from the beginning.
-
-    transformers' own copies all of them for each new token, which takes longer than computing them.
-    """
-
-    def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._length = length
-        self._room: tuple[Tensor, Tensor]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Adds (batch, heads, new tokens, width); gives those of all tokens."""
-        begin = self.get_seq_length()
-        if begin == 0:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.is_initialized = True
-            self._room = self._empty(key_states), self._empty(value_states)
-        end = begin + key_states.shape[-2]
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[..., begin:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self._room)
-        return self.keys, self.values
-
-    def _empty(self, states: Tensor) -> Tensor:
-        return states.new_empty(*states.shape[:-2], self._length, states.shape[-1])
-
-
-def _roomy_cache(config: Any, length: int) -> DynamicCache:
-    """For `length` tokens. Layers that see a part of the text only keep transformers' cache."""
-    cache = DynamicCache(config=config)
-    cache.layers = [
-        _RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache
 
 
 def _needs(elements: Sequence[int], item: int, writing: int, on_gpu: bool) -> Needs:
