@@ -141,21 +141,24 @@ def estimate_tuning(
     head_tokens: int,
     hidden_size: int,
     vocabulary: int,
+    recompute: bool,
     on_gpu: bool,
 ) -> Needs:
     """An estimate from above of what tuning the grids takes.
 
     layers: decoder layers; ternary: the shapes (n, m) of all ternary matrices; other_parameters:
     all others of the model; tokens: of the texts; step_tokens, head_tokens: that run through the
-    layers and through the head together.
+    layers and through the head together; recompute: whether layers run twice instead of being kept.
     """
     weights = sum(n * m for n, m in ternary)
     blocks = weights // BLOCK_SIZE
     model = weights // 4 + blocks * GRID_NUMBERS * FLOAT32 + other_parameters * FLOAT32
     dense = 3 * layer.parameters * FLOAT32  # with a copy of another type, and the gradients
     widest = max((max(group) for group in layer.groups), default=hidden_size)
-    activations = step_tokens * (KEPT_ACTIVATIONS * widest + layers * hidden_size) * FLOAT32
-    compute = model + dense + activations + LOGITS * head_tokens * vocabulary * FLOAT32
+    activations = step_tokens * KEPT_ACTIVATIONS * widest * FLOAT32
+    kept = step_tokens * hidden_size * FLOAT32 if recompute else dense + activations
+    head = LOGITS * head_tokens * vocabulary * FLOAT32
+    compute = model + dense + activations + layers * kept + head
     hidden = 2 * tokens * hidden_size * FLOAT32  # what enters the layers, and what should leave
     saved = blocks * SAVED_NUMBERS * FLOAT32
     disk = saved + blocks * 2 * FLOAT16 + 2 * DESCRIPTION * len(ternary)
@@ -163,6 +166,12 @@ def estimate_tuning(
         host = CUDA_LIBRARIES + hidden + max(other_parameters * READING, saved)
         return Needs(host=host, gpu=compute, disk=disk)
     return Needs(host=hidden + compute, gpu=0, disk=disk)
+
+
+def fits_easily(needs: Needs, device: torch.device) -> bool:
+    """Whether half of the memory that is free is enough for `needs`."""
+    fits = 2 * needs.host <= available_memory()
+    return fits and (device.type != "cuda" or 2 * needs.gpu <= free_gpu_memory(device))
 
 
 def require_memory(needs: Needs, device: torch.device, purpose: str) -> None:
@@ -177,7 +186,7 @@ def require_memory(needs: Needs, device: torch.device, purpose: str) -> None:
             f"{purpose}, close other programs, or use a larger machine"
         )
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free = free_gpu_memory(device)
         if needs.gpu > free:
             raise Pt2Error(
                 f"about {_gb(needs.gpu)} of GPU memory are needed and {_gb(free)} are free on "
@@ -204,6 +213,13 @@ def require_disk(path: Path, needed: int, purpose: str) -> None:
 def available_memory() -> int:
     """Bytes that this process can still take: of the machine, or of its container if less."""
     return min([psutil.virtual_memory().available, *_container_limits()])
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that this process can still take of a GPU."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
 
 
 def _container_limits() -> Iterable[int]:

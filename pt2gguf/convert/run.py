@@ -32,6 +32,7 @@ from pt2gguf.convert.resources import (
     estimate,
     estimate_outputs,
     estimate_tuning,
+    fits_easily,
     require_disk,
     require_memory,
 )
@@ -114,6 +115,9 @@ def ternarize_checkpoint(
                     skeleton, texts, further, method, work, stored, device, reporter
                 )
                 if work.tunes:
+                    all_kept = tuning_needs(
+                        skeleton, plan, method, calibration, device, recompute=False
+                    )
                     tune_grids(
                         skeleton,
                         [*texts, *further],
@@ -123,6 +127,7 @@ def ternarize_checkpoint(
                         stored,
                         device,
                         reporter,
+                        recompute=not fits_easily(all_kept, device),
                     )
     except BaseException:
         work.close()
@@ -222,13 +227,11 @@ def conversion_needs(
         full_precision=bool(method.gptaq or method.tuning_epochs),
         on_gpu=on_gpu,
     )
-    tensors = skeleton.checkpoint.tensors
-    others = sum(t.elements for name, t in tensors.items() if name not in plan.ternary)
     if method.output_tokens:
         outputs = estimate_outputs(
             layer=plan.layer,
             layers=len(skeleton),
-            other_parameters=others,
+            other_parameters=_other_parameters(skeleton, plan),
             tokens=min(method.output_tokens, samples * length),
             batch_tokens=max(TOKENS_PER_BATCH, length),
             head_tokens=gradients.TOKENS_PER_HEAD,
@@ -239,19 +242,39 @@ def conversion_needs(
         layers = outputs.then(layers)
     if not method.tuning_epochs:
         return layers
-    tuning = estimate_tuning(
+    return layers.then(tuning_needs(skeleton, plan, method, calibration, device, recompute=True))
+
+
+def tuning_needs(
+    skeleton: Skeleton,
+    plan: Plan,
+    method: Method,
+    calibration: Calibration,
+    device: torch.device,
+    *,
+    recompute: bool,
+) -> Needs:
+    """Memory and disk that the tuning will take."""
+    samples, length = calibration.ids.shape
+    return estimate_tuning(
         layer=plan.layer,
         layers=len(skeleton),
-        ternary=shapes,
-        other_parameters=others,
-        tokens=samples * length + written,
+        ternary=list(plan.ternary.values()),
+        other_parameters=_other_parameters(skeleton, plan),
+        tokens=samples * length + method.written_windows * written_length(length),
         step_tokens=step_size(length) * length,
         head_tokens=TOKENS_PER_HEAD,
         hidden_size=skeleton.config.hidden_size,
         vocabulary=skeleton.config.vocab_size,
-        on_gpu=on_gpu,
+        recompute=recompute,
+        on_gpu=device.type == "cuda",
     )
-    return layers.then(tuning)
+
+
+def _other_parameters(skeleton: Skeleton, plan: Plan) -> int:
+    """The number of those that stay as they are."""
+    tensors = skeleton.checkpoint.tensors
+    return sum(t.elements for name, t in tensors.items() if name not in plan.ternary)
 
 
 def describe_kept(kept: Mapping[str, str]) -> list[str]:

@@ -3,15 +3,15 @@
 Ternarizing goes layer by layer and knows only each layer's own error. Here alpha and mu of all
 layers move together, by gradient descent, so that the model's next-token distributions come close
 to the full-precision model's (their Kullback-Leibler divergence on the calibration text). Digits
-stay packed; a layer's weights exist in full only while it runs, once forward and once again for its
-gradients (activation checkpointing).
+stay packed. A layer's weights and activations are kept in full for its gradients, or, where memory
+is short, made twice: when it runs forward, and again for its gradients (activation checkpointing).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -44,15 +44,19 @@ def tune_grids(
     stored: Stored,
     device: torch.device,
     reporter: Reporter,
+    *,
+    recompute: bool,
 ) -> None:
     """Tune alpha and mu of all ternary weights in `work`, and store them there.
 
     texts: each (samples, length) int64, token ids; full_precision: for each of them what the
-    full-precision model's last decoder layer gives, (samples, length, hidden_size) float32. Goes on
-    from the state that an interrupted tuning has left in `work`, and ends with the same bytes.
+    full-precision model's last decoder layer gives, (samples, length, hidden_size) float32;
+    recompute: run each layer twice, for less memory and the same result. Goes on from the state
+    that an interrupted tuning has left in `work`, and ends with the same bytes.
     """
     embedded = [skeleton.embed(ids, step_size(ids.shape[1])) for ids in texts]
-    model = _TernaryModel(skeleton, [calls for _, calls in embedded], work, stored, device)
+    calls = [of_text for _, of_text in embedded]
+    model = _TernaryModel(skeleton, calls, work, stored, device, recompute)
     optimizer = torch.optim.Adam(model.parameters(), betas=BETAS)
     batches = [batch for epoch in range(method.tuning_epochs) for batch in _shuffled(texts, epoch)]
     begin = _restore(model, optimizer, work)
@@ -63,17 +67,16 @@ def tune_grids(
             group["lr"] = learning_rate(step, len(batches), method.tuning_rate)
         optimizer.zero_grad()
         hidden, _ = embedded[text]
-        loss = model.divergence(
+        loss = model.add_gradients(
             text, hidden[chosen].to(device), full_precision[text][chosen].to(device)
         )
-        loss.backward()
-        if not torch.isfinite(loss):
+        if not math.isfinite(loss):
             raise Pt2Error(
-                f"the tuning diverged at step {step + 1} (its loss is {loss.item()}): convert with "
+                f"the tuning diverged at step {step + 1} (its loss is {loss}): convert with "
                 "--no-tuning, or calibrate on other text"
             )
         optimizer.step()
-        reporter.tuning_step(step, len(batches), loss.item())
+        reporter.tuning_step(step, len(batches), loss)
         if time.monotonic() - saved > SAVE_SECONDS:
             work.save_tuning(step + 1, dict(_state(model, optimizer)))
             saved = time.monotonic()
@@ -115,9 +118,11 @@ class _TernaryModel(nn.Module):
         work: WorkDirectory,
         stored: Stored,
         device: torch.device,
+        recompute: bool,
     ) -> None:
-        """calls: for each text, as `Skeleton.embed` gives them."""
+        """calls: for each text, as `Skeleton.embed` gives them; recompute: as in `tune_grids`."""
         super().__init__()
+        self._recompute = recompute
         self.layers = nn.ModuleList(
             _TernaryLayer(
                 skeleton,
@@ -137,26 +142,39 @@ class _TernaryModel(nn.Module):
             device.type, dtype=torch.bfloat16, enabled=computes_bfloat16(device)
         )
 
-    def divergence(self, text: int, hidden: Tensor, full_precision: Tensor) -> Tensor:
-        """Mean over the tokens of the KL divergence from the full-precision model's logits.
+    def add_gradients(self, text: int, hidden: Tensor, full_precision: Tensor) -> float:
+        """The mean over the tokens of the KL divergence from the full-precision model's logits.
 
-        hidden: (batch, length, hidden_size), what enters the decoder layers for some samples of the
-        text of that number; full_precision: as large, what leaves the last one in the
-        full-precision model.
+        Its gradients are added to those of the parameters. hidden: (batch, length, hidden_size),
+        what enters the decoder layers for some samples of the text of that number; full_precision:
+        as large, what leaves the last one in the full-precision model.
         """
         with self._autocast:
             for layer in self.layers:
-                hidden = checkpoint(layer, text, hidden, use_reentrant=False)
-            width = hidden.shape[-1]
-            chunks = [
-                checkpoint(_total_divergence, self._head, student, teacher, use_reentrant=False)
-                for student, teacher in zip(
-                    hidden.reshape(1, -1, width).split(TOKENS_PER_HEAD, dim=1),
-                    full_precision.reshape(1, -1, width).split(TOKENS_PER_HEAD, dim=1),
-                    strict=True,
-                )
-            ]
-        return torch.stack(chunks).sum() / hidden[..., 0].numel()
+                if self._recompute:
+                    hidden = checkpoint(layer, text, hidden, use_reentrant=False)
+                else:
+                    hidden = layer(text, hidden)
+            loss, gradient = self._divergence(hidden, full_precision)
+        hidden.backward(gradient)
+        return loss
+
+    def _divergence(self, hidden: Tensor, full_precision: Tensor) -> tuple[float, Tensor]:
+        """The divergence, and its gradient at what leaves the last layer; some logits at a time."""
+        width, tokens = hidden.shape[-1], hidden[..., 0].numel()
+        losses, gradients = [], []
+        for student, teacher in zip(
+            hidden.reshape(1, -1, width).split(TOKENS_PER_HEAD, dim=1),
+            full_precision.reshape(1, -1, width).split(TOKENS_PER_HEAD, dim=1),
+            strict=True,
+        ):
+            wanted = self._head(teacher).float().log_softmax(-1)
+            x = student.detach().requires_grad_()
+            found = self._head(x).float().log_softmax(-1)
+            loss = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+            losses.append(loss.item())
+            gradients += torch.autograd.grad(loss / tokens, x)
+        return sum(losses) / tokens, torch.cat(gradients, dim=1).view_as(hidden)
 
     def tuned(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """alpha and mu of each layer's weights by checkpoint name, as they are to be stored."""
@@ -271,13 +289,6 @@ class _Dense(torch.autograd.Function):
 def _unpacked(packed: Tensor) -> Tensor:
     """(n, m / 4) uint8, as `pack_digits` makes it -> (n, m / 128, 128) float32 in {-1, 0, 1}."""
     return unpack_digits(packed).view(len(packed), -1, BLOCK_SIZE).float()
-
-
-def _total_divergence(head: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-    with torch.no_grad():
-        wanted = head(teacher).float().log_softmax(-1)
-    found = head(student).float().log_softmax(-1)
-    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

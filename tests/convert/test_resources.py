@@ -18,9 +18,15 @@ from pt2gguf.convert.resources import (
     Needs,
     available_memory,
     estimate,
+    fits_easily,
     require_disk,
 )
-from pt2gguf.convert.run import conversion_needs, make_plan, ternarize_checkpoint
+from pt2gguf.convert.run import (
+    conversion_needs,
+    make_plan,
+    ternarize_checkpoint,
+    tuning_needs,
+)
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.convert.writing import write_text
 from pt2gguf.errors import Pt2Error
@@ -113,6 +119,29 @@ def test_work_directory_with_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with ternarize_checkpoint(skeleton.checkpoint, TUNED, IDS, tmp_path / "w") as work:
         size = sum(file.stat().st_size for file in work.path.glob("*.safetensors"))
     assert size <= both.disk
+
+
+def test_tuning_needs_more_where_layers_are_kept(tmp_path: Path) -> None:
+    skeleton = Skeleton(Checkpoint(save_model(tmp_path / "m", "llama")))
+    plan = make_plan(skeleton, lambda name: None)
+    needs = {
+        recompute: tuning_needs(skeleton, plan, TUNED, IDS, CPU, recompute=recompute)
+        for recompute in (True, False)
+    }
+    # At the least the weights in bfloat16 and every weight matrix's inputs.
+    weights = 2 * sum(n * m for n, m in plan.ternary.values())
+    inputs = 2 * 64 * sum(m for _, m in plan.ternary.values())
+    assert needs[False].host - needs[True].host > weights + inputs
+    assert needs[False].disk == needs[True].disk
+
+
+@pytest.mark.parametrize(("available", "easily"), [(1999, False), (2000, True)])
+def test_half_of_the_memory_is_left_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, easily: bool
+) -> None:
+    _no_container(monkeypatch, tmp_path)
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory(available))
+    assert fits_easily(Needs(host=1000, gpu=0, disk=0), CPU) is easily
 
 
 def test_estimate_follows_its_parts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from small_models import CONFIGS, VOCABULARY, make_model, save_model
 from torch import Tensor, nn
 
-from pt2gguf.convert import resources, tuning, writing
+from pt2gguf.convert import generation, resources, run, tuning, writing
 from pt2gguf.convert.calibration import Calibration, load_calibration
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.run import split_texts, ternarize_checkpoint
@@ -106,6 +107,28 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     ternarize_checkpoint(checkpoint, TUNED, calibration, tmp_path / "w").close()
     for file in ("tuned-0000.safetensors", "tuned-0001.safetensors", "written.safetensors"):
         assert (tmp_path / "w" / file).read_bytes() == (tmp_path / "at once" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_the_same_bytes_with_little_memory_and_with_much(
+    tmp_path: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 480)
+    checkpoint = Checkpoint(save_model(tmp_path / "m", kind, **SPREAD))
+    passes = {"little": 0, "much": 0}
+    run_layer = tuning._TernaryLayer.forward
+    for memory in passes:
+
+        def counted(layer: nn.Module, text: int, hidden: Tensor, key: str = memory) -> Tensor:
+            passes[key] += 1
+            return run_layer(layer, text, hidden)
+
+        monkeypatch.setattr(tuning._TernaryLayer, "forward", counted)
+        monkeypatch.setattr(run, "fits_easily", lambda *_, ample=memory == "much": ample)
+        ternarize_checkpoint(checkpoint, TUNED, calibration, tmp_path / memory).close()
+    assert passes["little"] == 2 * passes["much"] > 0
+    for file in ("tuned-0000.safetensors", "tuned-0001.safetensors"):
+        assert (tmp_path / "little" / file).read_bytes() == (tmp_path / "much" / file).read_bytes()
 
 
 def test_a_damaged_state_is_a_new_start(tmp_path: Path, calibration: Calibration) -> None:
@@ -254,9 +277,15 @@ class TestWriting:
         assert torch.equal(self._write(checkpoint, calibration), before)
 
     @pytest.mark.parametrize(
-        ("kind", "changes"), [("llama", {}), ("mistral", {"sliding_window": 16}), ("qwen3", {})]
+        ("kind", "changes"),
+        [
+            ("llama", {"num_key_value_heads": 1}),
+            ("mistral", {"sliding_window": 16}),
+            ("qwen3", {}),
+            ("qwen2", {}),
+        ],
     )
-    def test_as_with_the_cache_of_transformers(
+    def test_as_transformers_generates(
         self,
         tmp_path: Path,
         calibration: Calibration,
@@ -264,9 +293,20 @@ class TestWriting:
         kind: str,
         changes: dict[str, int],
     ) -> None:
+        """Its own cache and attention give the same text, where no rounding chooses a token."""
+        monkeypatch.setattr(writing, "computes_bfloat16", lambda device: False)
         checkpoint = Checkpoint(save_model(tmp_path / "m", kind, **SPREAD, **changes))
+        attention, calls = generation._grouped_attention, []
+
+        def counted(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            calls.append(args)
+            return attention(*args, **kwargs)
+
+        monkeypatch.setattr(generation, "_grouped_attention", counted)
         ours = self._write(checkpoint, calibration)
-        monkeypatch.setattr(writing, "_roomy_cache", lambda config, length: None)
+        assert len(calls) == 47 * checkpoint.config.num_hidden_layers
+        monkeypatch.setattr(writing, "roomy_cache", lambda config, length: None)
+        monkeypatch.setattr(writing, "use_grouped_attention", lambda model: None)
         assert torch.equal(self._write(checkpoint, calibration), ours)
 
     def test_too_large(
