@@ -8,7 +8,9 @@ alpha = 0 get digits 0.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,13 +22,7 @@ def digits_with_feedback(W: Tensor, alpha: Tensor, mu: Tensor, L: Tensor) -> Ten
     W: (n, b); alpha, mu: (n,); L: (b, b). Column j goes to its nearest grid value, and its error e
     moves the columns k > j by -e * L[k, j] / L[j, j]. Returns T (n, b).
     """
-    work = _in_grid_units(W, alpha, mu)
-    T = torch.empty_like(work)
-    steps = L / L.diagonal()
-    for j, column in enumerate(work):
-        torch.round(column, out=T[j]).clamp_(-1, 1)
-        work[j + 1 :].addr_(steps[j + 1 :, j], column - T[j], alpha=-1)
-    return T.T.contiguous()
+    return _round_columns(_in_grid_units(W, alpha, mu), None, (L / L.diagonal()).T).T.contiguous()
 
 
 def descend_digits(W: Tensor, alpha: Tensor, mu: Tensor, T: Tensor, M: Tensor) -> Tensor:
@@ -36,14 +32,40 @@ def descend_digits(W: Tensor, alpha: Tensor, mu: Tensor, T: Tensor, M: Tensor) -
     """
     T = T.T.contiguous()
     diagonal = M.diagonal()
-    # How far each digit is from its optimum: half the error's slope against it, over its curvature.
-    distance = (M @ (_in_grid_units(W, alpha, mu) - T)) / diagonal.unsqueeze(1)
-    effect = M / diagonal  # row j: what one step of digit j does to the distances of the others
-    for j in range(len(T)):
-        best = (T[j] + distance[j]).round_().clamp_(-1, 1)
-        distance[j + 1 :].addr_(effect[j, j + 1 :], T[j] - best)
-        T[j] = best
-    return T.T.contiguous()
+    # Each digit's optimum: as far from the digit as half the error's slope over its curvature.
+    optima = T + (M @ (_in_grid_units(W, alpha, mu) - T)) / diagonal.unsqueeze(1)
+    # Row j: what one step of digit j does to the optima of the others.
+    return _round_columns(optima, T, -M / diagonal).T.contiguous()
+
+
+def _round_columns(targets: Tensor, before: Tensor | None, effects: Tensor) -> Tensor:
+    """Digits for one column after the other, each of which moves the targets of later ones.
+
+    targets: (b, n), of n rows; before: (b, n), the digits so far, or None for the targets
+    themselves; effects: (b, b), [j, k] how much target k moves when digit j rises from `before` by
+    one. Returns digits (b, n).
+    """
+    if targets.is_cuda and (fused := _fused_kernel()):
+        return fused(targets, before, effects)
+    digits = torch.empty_like(targets)
+    for j, target in enumerate(targets):
+        torch.round(target, out=digits[j]).clamp_(-1, 1)
+        rise = digits[j] - (target if before is None else before[j])
+        targets[j + 1 :].addr_(effects[j, j + 1 :], rise)
+    return digits
+
+
+@lru_cache(maxsize=1)
+def _fused_kernel() -> Callable[[Tensor, Tensor | None, Tensor], Tensor] | None:
+    """`_round_columns` as one kernel, where PyTorch comes with Triton, and that works."""
+    try:
+        from pt2gguf.ternary.rounding_kernel import round_columns
+
+        round_columns(*torch.zeros(3, 1, 1, dtype=torch.float64, device="cuda"))
+    except Exception as error:  # it needs a compiler and Python's headers, and says so in many ways
+        warnings.warn(f"rounding takes several times as long: Triton fails ({error})", stacklevel=2)
+        return None
+    return round_columns
 
 
 class Replayed:
@@ -71,13 +93,13 @@ class _Graph:
         self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
     ) -> None:
         self._inputs = tuple(given.clone() for given in inputs)
-        stream = torch.cuda.Stream()
+        stream = _capturing_stream(inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside, for what libraries do the first time
             function(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=stream):
             self._outputs = function(*self._inputs)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -85,6 +107,12 @@ class _Graph:
             mine.copy_(given)
         self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
+
+
+@lru_cache
+def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs, as cuBLAS keeps memory for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def _in_grid_units(W: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pt2gguf.ternary.compensation import BlockFactors, damped_inverse, exact_update, split_block
+from pt2gguf.ternary.compensation import damped_inverse, exact_update, split_block
 
 # Twice as many take almost twice as long on a GPU and gain next to nothing.
 STEPS = 16
@@ -27,24 +27,26 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows `now` of one part, and the rows `later` of it with what compensates in them."""
+    """What errors in some rows `now` of a part ask of the rows `later` of it."""
 
-    now: slice
     later: slice
-    factors: BlockFactors
+    effects: Tensor  # (later, now): of the errors `now` on the best targets `later`
 
 
 @dataclass(frozen=True)
 class RowStep:
-    """Rows that are rounded together: (r,) int64."""
+    """Rows that are rounded together: (r,) int64, those of one part after the other."""
 
     rows: Tensor
     _chunks: Sequence[_Chunk]
 
     def compensate(self, E: Tensor, targets: Tensor) -> None:
-        """Moves the `targets` (n, b) of later rows by what the errors E (n, b) of `rows` ask."""
+        """Moves the `targets` (n, b) of later rows by what the errors E (r, b) of `rows` ask."""
+        begin = 0
         for chunk in self._chunks:
-            targets[chunk.later] += exact_update(E[chunk.now].T, chunk.factors).T
+            end = begin + chunk.effects.shape[1]
+            targets[chunk.later].addmm_(chunk.effects, E[begin:end])
+            begin = end
 
 
 def row_steps(parts: Sequence[Tensor], damping: float) -> list[RowStep]:
@@ -52,28 +54,27 @@ def row_steps(parts: Sequence[Tensor], damping: float) -> list[RowStep]:
 
     damping: fraction of each G's mean diagonal that is added to it.
     """
-    steps: list[list[_Chunk]] = []
+    chunks: list[list[_Chunk]] = []  # by step
+    rows: list[list[Tensor]] = []
     begin = 0
     for G in parts:
         P, _ = damped_inverse(G, damping)
         end = begin + len(G)
         size = -(-len(G) // STEPS)
-        for number, first in enumerate(range(begin, end, size)):
-            last = min(first + size, end)
-            positions = torch.arange(len(P), device=P.device)
-            factors, P = split_block(P, positions[: last - first], positions[last - first :])
-            if number == len(steps):
-                steps.append([])
-            steps[number].append(_Chunk(slice(first, last), slice(last, end), factors))
+        for number, positions in enumerate(torch.arange(begin, end, device=G.device).split(size)):
+            if number == len(chunks):
+                chunks.append([])
+                rows.append([])
+            count = len(positions)
+            left = torch.arange(len(P), device=G.device)
+            factors, P = split_block(P, left[:count], left[count:])
+            effects = exact_update(torch.eye(count, dtype=P.dtype, device=P.device), factors)
+            chunks[number].append(_Chunk(slice(end - len(P), end), effects.T.contiguous()))
+            rows[number].append(positions)
         begin = end
-    return [RowStep(_rows(chunks), chunks) for chunks in steps]
+    return [RowStep(torch.cat(r), c) for r, c in zip(rows, chunks, strict=True)]
 
 
 def all_rows_at_once(rows: int, device: torch.device) -> list[RowStep]:
     """The steps where nothing is known of the outputs."""
     return [RowStep(torch.arange(rows, device=device), [])]
-
-
-def _rows(chunks: Sequence[_Chunk]) -> Tensor:
-    device = chunks[0].factors.L.device
-    return torch.cat([torch.arange(c.now.start, c.now.stop, device=device) for c in chunks])

@@ -177,17 +177,26 @@ def _ternarize_block(
     rounds = 0
     if method.itf:
         alpha, mu, T, rounds = iterative_ternary_fitting(W, alpha, mu, T)
-    singular = torch.zeros(len(W), dtype=torch.bool, device=W.device)
+    # Gathered once: on a GPU, each access by index takes longer than the rounding itself.
+    order = torch.cat([step.rows for step in steps])
+    sizes = [len(step.rows) for step in steps]
+    grids = (given[order].split(sizes) for given in (alpha, mu, T, from_columns))
     targets = W.clone()
-    error = torch.empty_like(W)
-    for step in steps:
-        rows = step.rows
-        w = targets[rows]
-        alpha[rows], mu[rows], T[rows], singular[rows] = round_rows(
-            w, alpha[rows], mu[rows], T[rows], metric if method.exact else S, metric, factors.L
+    done = []
+    for step, step_alpha, step_mu, step_T, step_from_columns in zip(steps, *grids, strict=True):
+        rounded = round_rows(
+            targets[step.rows],
+            step_alpha,
+            step_mu,
+            step_T,
+            metric if method.exact else S,
+            metric,
+            factors.L,
         )
-        error[rows] = w - grid_values(_as_stored(alpha[rows]), _as_stored(mu[rows]), T[rows])
-        step.compensate(error - from_columns, targets)
+        done.append(rounded)
+        error = rounded[3]
+        step.compensate(error - step_from_columns, targets)
+    alpha, mu, T, error, singular = (torch.cat(p)[order.argsort()] for p in zip(*done, strict=True))
     return _Block(
         round_to_half(alpha, "scale"),
         round_to_half(mu, "offset"),
@@ -207,8 +216,12 @@ def _round_rows(
     metric: Tensor,
     cost: Tensor,
     L: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Grid and digits of rows W (r, b), from those that they have, and whether AGA was singular."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows W (r, b), from the grid and digits that they have.
+
+    Gives alpha, mu (float64), T, the error against what will be stored, and whether AGA was
+    singular.
+    """
     singular = torch.zeros(len(W), dtype=torch.bool, device=W.device)
     if method.aga:
         alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
@@ -221,7 +234,8 @@ def _round_rows(
         if method.aga:
             alpha, mu, singular = activation_aware_grid(W, T, metric, alpha, mu)
     alpha, T = nonnegative_scale(alpha, T)
-    return alpha, mu, T, singular
+    error = W - grid_values(_as_stored(alpha), _as_stored(mu), T)
+    return alpha, mu, T, error, singular
 
 
 def _as_stored(values: Tensor) -> Tensor:

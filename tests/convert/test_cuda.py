@@ -14,16 +14,26 @@ from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.convert.workdir import Layer
 from pt2gguf.model import Checkpoint
 from pt2gguf.ternary import METHODS
-from pt2gguf.ternary.rounding import Replayed, descend_digits, digits_with_feedback
+from pt2gguf.ternary.rounding import (
+    Replayed,
+    _fused_kernel,
+    _round_columns,
+    descend_digits,
+    digits_with_feedback,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+# At this length, gradients of attention are sums over several blocks of keys.
+WINDOWS = {"samples": 8, "length": 512}
 
 
 def ternarized(work_directory: Path, device: str) -> tuple[list[Layer], list[bytes]]:
     """The layers, and the bytes of their files."""
     checkpoint = Checkpoint(EXAMPLE_MODEL)
     text = [str(EXAMPLE_TEXT)]
-    calibration = load_calibration(text, EXAMPLE_MODEL, samples=32, length=128, seed=0)
+    calibration = load_calibration(text, EXAMPLE_MODEL, **WINDOWS, seed=0)
     with ternarize_checkpoint(
         checkpoint, METHODS["default"], calibration, work_directory, device=device
     ) as work:
@@ -41,6 +51,27 @@ def test_the_gpu_gives_what_the_cpu_gives(tmp_path: Path) -> None:
             # comparable; the errors are (the largest difference seen is 8%).
             error = gpu_layer.reports[name]["relative_error"]
             assert error == pytest.approx(report["relative_error"], rel=0.2)
+
+
+def test_one_kernel_rounds_as_many_do() -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    for columns, rows in ((1, 1), (5, 3), (128, 2049), (128, 16)):
+        targets, before = 1.5 * torch.randn(
+            2, columns, rows, dtype=torch.float64, device="cuda", generator=generator
+        )
+        effects = torch.randn(columns, columns, device="cuda", generator=generator).double() / 8
+        targets[0, 0] = 0.5
+        fused = _fused_kernel()
+        assert fused is not None
+        for start in (None, before.round()):
+            found = fused(targets.clone(), start, effects)
+            on_cpu = (None if start is None else start.cpu(), effects.cpu())
+            assert torch.equal(found.cpu(), _round_columns(targets.cpu(), *on_cpu))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu(tmp_path: Path) -> None:
+    assert ternarized(tmp_path / "0", "cuda")[1] == ternarized(tmp_path / "1", "cuda:1")[1]
 
 
 def test_replayed_rounding_is_the_same_rounding() -> None:

@@ -47,14 +47,13 @@ def test_later_rows_move_to_their_optimum(sizes: list[int]) -> None:
     )
     rows = len(G)
     wanted = torch.randn(rows, 7, generator=torch.Generator().manual_seed(9)).double()
-    targets, found, error = wanted.clone(), torch.zeros_like(wanted), torch.zeros_like(wanted)
+    targets, found = wanted.clone(), torch.zeros_like(wanted)
     done: list[int] = []
     steps = row_steps(moments, damping=0.1)
     assert len(steps) <= STEPS
     for step in steps:
         found[step.rows] = targets[step.rows].round()
-        error[step.rows] = targets[step.rows] - found[step.rows]
-        step.compensate(error, targets)
+        step.compensate(targets[step.rows] - found[step.rows], targets)
         done += step.rows.tolist()
         left = [i for i in range(rows) if i not in done]
         if left:
