@@ -57,20 +57,32 @@ class Checkpoint:
         self.config = _load_config(self.path, self._config_bytes)
         self.tensors = _stored_tensors(self.path)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name` as float32, on the CPU. Raises Pt2Error unless all of it is finite."""
-        return next(tensor for _, tensor in self.read_all([name]))
+    def read(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The tensor `name` on `device`. Raises Pt2Error unless all of it is finite."""
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise Pt2Error(
+                f"{self.path} has no tensor {name}, which its architecture "
+                f"({self.config.model_type}) needs: download the checkpoint again"
+            )
+        tensor = self._read(stored)
+        if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise Pt2Error(
+                f"tensor {name} in {stored.shard} holds {bad} values that are NaN or "
+                "infinite: the checkpoint is damaged, download or train it again"
+            )
+        return tensor.to(device).to(dtype)
 
     def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor on the CPU) for each of `names`, one at a time."""
         for name in names:
-            stored = self.tensors.get(name)
-            if stored is None:
-                raise Pt2Error(
-                    f"{self.path} has no tensor {name}, which its architecture "
-                    f"({self.config.model_type}) needs: download the checkpoint again"
-                )
-            yield name, self._read(stored)
+            yield name, self.read(name)
 
     def fingerprint(self) -> str:
         """A hash of the config and of each tensor's name, type, shape and first 4 KiB.
@@ -88,29 +100,23 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _read(self, stored: StoredTensor) -> Tensor:
+        """As it is stored."""
         dtype = FLOAT_TYPES.get(stored.dtype)
         if dtype is None:
             raise Pt2Error(
                 f"tensor {stored.name} in {stored.shard} is stored as {stored.dtype}: only F16, "
                 "BF16 and F32 checkpoints can be converted, so start from the unquantized model"
             )
-        if stored.size == 0:
-            return torch.zeros(stored.shape)
-        data = bytearray(stored.size)
+        tensor = torch.empty(stored.shape, dtype=dtype)
+        if not stored.size:
+            return tensor
         with stored.shard.open("rb") as file:
             file.seek(stored.start)
-            if file.readinto(data) != stored.size:
+            if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != stored.size:
                 raise Pt2Error(
                     f"{stored.shard} ended while tensor {stored.name} was read: the file has "
                     "changed since the conversion began, so start again once it is complete"
                 )
-        tensor = torch.frombuffer(data, dtype=dtype).reshape(stored.shape).float()
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise Pt2Error(
-                f"tensor {stored.name} in {stored.shard} holds {bad} values that are NaN or "
-                "infinite: the checkpoint is damaged, download or train it again"
-            )
         return tensor
 
 

@@ -113,12 +113,15 @@ def fill(
                 continue  # what the constructor computed stands
             slots.setdefault(stored, []).append((slot, key))
     for stored, of_stored in slots.items():
+        slot, key = of_stored[0]
+        dtype = slot[key].dtype
         # Without a name for the value, which would live on while the next one is read.
         _place(
             stored,
-            replaced[stored] if stored in replaced else checkpoint.read(stored),
+            replaced[stored].to(device, dtype)
+            if stored in replaced
+            else checkpoint.read(stored, device, dtype),
             of_stored,
-            device,
         )
 
 
@@ -131,7 +134,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _place(stored: str, value: Tensor, slots: Sequence[Slot], device: torch.device) -> None:
+def _place(stored: str, value: Tensor, slots: Sequence[Slot]) -> None:
     """Put the value stored as `stored` into the slots that share it."""
     for slot, key in slots:
         if slot[key].shape != value.shape:
@@ -140,8 +143,6 @@ def _place(stored: str, value: Tensor, slots: Sequence[Slot], device: torch.devi
                 f"for {tuple(slot[key].shape)}: config and weights are of different models"
             )
     slot, key = slots[0]
-    placed = value.to(device, slot[key].dtype)
-    if isinstance(slot[key], nn.Parameter):
-        placed = frozen(placed)
+    placed = frozen(value) if isinstance(slot[key], nn.Parameter) else value
     for slot, key in slots:
         slot[key] = placed
