@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pt2gguf.convert.activations import hooked, require_finite
+from pt2gguf.convert.machine import RepeatableAttention
 from pt2gguf.model import LayerCall, Skeleton
 
 # Tokens whose logits are computed together.
@@ -53,7 +54,11 @@ class GradientLayer:
         """For each batch the passes through `modules`; to be exhausted."""
         for call, hidden, gradient in self._samples:
             x = hidden.to(self._device).float().requires_grad_()
-            with torch.enable_grad(), _recorded(self.layer, modules) as recorded:
+            with (
+                torch.enable_grad(),
+                RepeatableAttention(),
+                _recorded(self.layer, modules) as recorded,
+            ):
                 y = call(self.layer, x)
             results = [output for calls in recorded.values() for _, output in calls]
             found = torch.autograd.grad(y, [x, *results], gradient.to(self._device))
@@ -132,11 +137,22 @@ def _at_last_output(
         x = part.detach().requires_grad_()
         with torch.enable_grad():
             likelihoods = head(x).float().log_softmax(-1)[0]
-        labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
-        drawn = torch.zeros_like(likelihoods).scatter_(1, labels.to(hidden.device), 1.0)
+        labels = _draw(likelihoods.detach().exp(), generator)
+        drawn = torch.zeros_like(likelihoods).scatter_(1, labels, 1.0)
         (gradient,) = torch.autograd.grad(likelihoods, x, drawn)
         gradients.append(gradient)
     return torch.cat(gradients, dim=1).view_as(hidden)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """(n, 1) int64: an index into each row of probabilities (n, v), by a generator of the CPU.
+
+    torch.multinomial takes several times as long. Integers sum up to the same on every machine.
+    """
+    cumulative = (probabilities * 2.0**40).long().cumsum(-1)
+    shares = torch.rand(len(probabilities), 1, dtype=torch.float64, generator=generator)
+    thresholds = (shares.to(probabilities.device) * cumulative[:, -1:]).long()
+    return torch.searchsorted(cumulative, thresholds, right=True)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pt2gguf.errors import Pt2Error
 
@@ -31,7 +34,7 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 @contextmanager
 def deterministic(device: torch.device, threads: int) -> Iterator[None]:
-    """Within this context, PyTorch gives the same result for the same input every time.
+    """Within this context, PyTorch works on `device`, and repeats its results exactly.
 
     On a GPU, products of float32 matrices are TF32's, which has the precision of the float16 that
     such models are commonly calibrated in, and several times its speed; sums stay float32. cuDNN's
@@ -48,13 +51,42 @@ def deterministic(device: torch.device, threads: int) -> Iterator[None]:
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_num_threads(threads)
+    # Graphs and kernels of our own go to the current GPU, wherever their tensors are.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        yield
+        with current:
+            yield
     finally:
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(precision_before)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+
+
+class RepeatableAttention(TorchFunctionMode):
+    """Within this context, attention gives the same gradients every time.
+
+    PyTorch has a repeatable algorithm for them, but takes it only where operations that are not
+    repeatable at all are forbidden: as they are here while the gradients of attention are computed.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is nn.functional.scaled_dot_product_attention and output.grad_fn is not None:
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            enabled = torch.are_deterministic_algorithms_enabled()
+            node = output.grad_fn
+            node.register_prehook(lambda *_: torch.use_deterministic_algorithms(True))
+            node.register_hook(
+                lambda *_: torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            )
+        return output
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.groups import Stored, round_kept
-from pt2gguf.convert.machine import computes_bfloat16
+from pt2gguf.convert.machine import RepeatableAttention, computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, unpack_digits
 from pt2gguf.errors import Pt2Error
@@ -149,7 +149,7 @@ class _TernaryModel(nn.Module):
         what enters the decoder layers for some samples of the text of that number; full_precision:
         as large, what leaves the last one in the full-precision model.
         """
-        with self._autocast:
+        with self._autocast, RepeatableAttention():
             for layer in self.layers:
                 if self._recompute:
                     hidden = checkpoint(layer, text, hidden, use_reentrant=False)
