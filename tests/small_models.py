@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -46,6 +48,9 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         Qwen3MoeConfig,
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
     ),
+    "olmo2": (Olmo2Config, {}),
+    # Calls experts that no token chose, too.
+    "olmoe": (OlmoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}),
     "mixtral": (MixtralConfig, {"num_local_experts": 3, "num_experts_per_tok": 2}),
 }
 

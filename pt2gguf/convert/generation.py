@@ -14,7 +14,7 @@ GROUPED = "pt2gguf_grouped"
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
     """Let `model`, from which only single tokens will be asked, read shared keys once."""
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         AttentionInterface.register(GROUPED, _grouped_attention)
         AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         model.set_attn_implementation(GROUPED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pt2gguf.convert.activations import hooked, require_finite
 from pt2gguf.convert.machine import RepeatableAttention
+from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 
 # Tokens whose logits are computed together.
@@ -116,10 +118,18 @@ def gradient_layers(
 
 def _on_disk(directory: Path, shape: Sequence[int]) -> Tensor:
     """bfloat16 in a file without a name, which goes with the tensor, whatever happens."""
-    size = math.prod(shape)
-    with tempfile.TemporaryFile(dir=directory) as file:
-        file.truncate(size * torch.bfloat16.itemsize)
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.bfloat16).view(shape)
+    size = math.prod(shape) * torch.bfloat16.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.bfloat16).view(shape)
+    except OSError as error:
+        raise Pt2Error(
+            f"{directory} has no room for {size / 1e9:.1f} GB, what enters each layer "
+            f"({error.strerror}): free some, or put the work directory elsewhere with --work"
+        ) from error
 
 
 @torch.no_grad()
@@ -137,6 +147,11 @@ def _at_last_output(
         x = part.detach().requires_grad_()
         with torch.enable_grad():
             likelihoods = head(x).float().log_softmax(-1)[0]
+        if torch.isnan(likelihoods).any():
+            raise Pt2Error(
+                "the full-precision model's predictions are NaN: calibrate on other text, or check "
+                "that the checkpoint works in float32"
+            )
         labels = _draw(likelihoods.detach().exp(), generator)
         drawn = torch.zeros_like(likelihoods).scatter_(1, labels, 1.0)
         (gradient,) = torch.autograd.grad(likelihoods, x, drawn)

@@ -112,6 +112,8 @@ class InputGroups:
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 x = args[0]
+                if not x.numel():
+                    return  # as an expert's that no token chose: nothing tells it from others
                 alive.append(x)
                 identity = (x.data_ptr(), x._version, x.numel(), x.shape[-1], x.stride(-1))
                 calls.setdefault(name, []).append(identity)

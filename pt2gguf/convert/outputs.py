@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pt2gguf.convert.gradients import GradientLayer, gradient_layers
-from pt2gguf.convert.groups import Group, watched_stages
+from pt2gguf.convert.groups import EXPERT, Group, watched_stages
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.workdir import WorkDirectory, group_key
@@ -39,25 +39,57 @@ def collect_outputs(
     begun = time.monotonic()
     reporter.note("the gradients at each layer's outputs are taken, to know which matter")
     read = _beginnings(texts, method.output_tokens)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_bfloat16(device)):
+    # Autocast's cache would keep what enters each layer, which needs gradients, to the end.
+    with torch.autocast(
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=computes_bfloat16(device),
+        cache_enabled=False,
+    ):
         for gradients in gradient_layers(skeleton, read, TOKENS_PER_BATCH, work.path, device):
-            index, layer = gradients.index, gradients.layer
-            names = {
-                module: skeleton.stored_name(index, f"{module}.weight")
-                for module, linear in layer.named_modules()
-                if isinstance(linear, nn.Linear)
-            }
-            ternary = [module for module, name in names.items() if name not in work.kept]
-            statistics = _statistics(gradients, ternary, method.stack_shared_inputs, device)
-            named = {
-                group_key([names[module] for module in group.modules]): found
-                for group, found in statistics.items()
-            }
-            for key, found in named.items():
-                _require_finite(key, found)
-            if not work.has_layer(index):
-                work.save_outputs(index, named)
+            _collect(gradients, skeleton, method, work, device)
     reporter.note(f"that took {time.monotonic() - begun:.0f} s")
+
+
+def _collect(
+    gradients: GradientLayer,
+    skeleton: Skeleton,
+    method: Method,
+    work: WorkDirectory,
+    device: torch.device,
+) -> None:
+    """One layer's, in a function of its own, so that they are gone before the next one's."""
+    index = gradients.index
+    names = {
+        module: skeleton.stored_name(index, f"{module}.weight")
+        for module, linear in gradients.layer.named_modules()
+        if isinstance(linear, nn.Linear) and has_output_statistics(module)
+    }
+    ternary = [module for module, name in names.items() if name not in work.kept]
+    statistics = _statistics(gradients, ternary, method.stack_shared_inputs, device)
+    named = {
+        group_key([names[module] for module in group.modules]): found
+        for group, found in statistics.items()
+    }
+    for key, found in named.items():
+        _require_finite(key, found)
+    if not work.has_layer(index):
+        work.save_outputs(index, named)
+
+
+def has_output_statistics(name: str) -> bool:
+    """Whether they are collected for the matrix `name`: not for experts.
+
+    Each expert sees few of the tokens, so that its statistics would say little, and they would take
+    several times the space of the model.
+    """
+    return EXPERT.search(name) is None
+
+
+def tokens_read(tokens: int, samples: int, length: int) -> int:
+    """At most, of a calibration text (samples, length) where `tokens` are asked for."""
+    # Two texts, of each of which at least one sample is read.
+    return min(samples * length, max(tokens, length) + length)
 
 
 def _beginnings(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
@@ -86,7 +118,7 @@ def _statistics(
         for group, statistics in found.items():
             for calls in zip(*(passes.get(module, []) for module in group.modules), strict=True):
                 together = torch.cat([g.flatten(0, -2) for _, g in calls], dim=1)
-                statistics.add(together.float())
+                statistics.add(together)
     return found
 
 

@@ -331,8 +331,9 @@ class LayerRun:
                     of_rows = self._placed(outputs.get(name))
                     yield name, *ternarize(weight, statistics, method, of_rows)
             return
-        with _named(" + ".join(names)):
-            of_rows = self._placed(outputs.get(group_key(names)))
+        key = group_key(names)
+        with _named(key):
+            of_rows = self._placed(outputs.get(key))
             stacked, report = ternarize(torch.cat(weights), statistics, method, of_rows)
         rows = [len(weight) for weight in weights]
         H = statistics.hessian

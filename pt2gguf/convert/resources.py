@@ -24,9 +24,8 @@ ACTIVATIONS, KEPT_ACTIVATIONS = 8, 24
 # Numbers for each block of 128 weights while grids are tuned: alpha and mu, and for each of them a
 # change, its gradient and Adam's two moments. Of these are saved: the changes and the moments.
 GRID_NUMBERS, SAVED_NUMBERS = 10, 6
-# Bytes for each element of a tensor while it is read: as stored, as float32, and whether it is
-# finite.
-READING = FLOAT16 + FLOAT32 + 1
+# Bytes for each element of a tensor while it is read: as stored, and as float32.
+READING = FLOAT16 + FLOAT32
 # Tensors (tokens, vocabulary) alive at once when logits are compared.
 LOGITS = 6
 # Bytes of the host for PyTorch's CUDA libraries, loaded as they are used (2 to 3 GB were seen).
@@ -39,7 +38,7 @@ CGROUP = Path("/sys/fs/cgroup")
 class LayerSize:
     """The largest decoder layer. parameters: their number; groups: (rows, columns) of each stacked
     group of matrices; statistics: bytes of the input statistics that are collected together;
-    outputs: bytes of the output statistics of all groups, 0 if there are to be none."""
+    outputs: bytes of its output statistics, 0 if there are to be none."""
 
     parameters: int
     groups: Sequence[tuple[int, int]]
@@ -216,10 +215,12 @@ def available_memory() -> int:
 
 
 def free_gpu_memory(device: torch.device) -> int:
-    """Bytes that this process can still take of a GPU."""
+    """Bytes that this process can still take of a GPU, those that PyTorch keeps unused included."""
     free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - held
     share = torch.cuda.get_per_process_memory_fraction(device)
-    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+    return min(free + unused, int(share * total) - held)
 
 
 def _container_limits() -> Iterable[int]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pt2gguf.convert import gradients
 from pt2gguf.convert.calibration import Calibration
+from pt2gguf.convert.gradients import TOKENS_PER_HEAD
 from pt2gguf.convert.groups import (
     STATISTICS_BYTES,
     Keep,
@@ -23,7 +23,12 @@ from pt2gguf.convert.groups import (
     statistics_bytes,
 )
 from pt2gguf.convert.machine import deterministic, usable_device
-from pt2gguf.convert.outputs import TOKENS_PER_BATCH, collect_outputs
+from pt2gguf.convert.outputs import (
+    TOKENS_PER_BATCH,
+    collect_outputs,
+    has_output_statistics,
+    tokens_read,
+)
 from pt2gguf.convert.pipeline import batch_size, ternarize_layers
 from pt2gguf.convert.progress import Reporter, SilentReporter
 from pt2gguf.convert.resources import (
@@ -37,7 +42,7 @@ from pt2gguf.convert.resources import (
     require_memory,
 )
 from pt2gguf.convert.settings import make_settings
-from pt2gguf.convert.tuning import TOKENS_PER_HEAD, step_size, tune_grids
+from pt2gguf.convert.tuning import step_size, tune_grids
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.convert.writing import write_text, written_length
 from pt2gguf.errors import Pt2Error
@@ -232,9 +237,9 @@ def conversion_needs(
             layer=plan.layer,
             layers=len(skeleton),
             other_parameters=_other_parameters(skeleton, plan),
-            tokens=min(method.output_tokens, samples * length),
+            tokens=tokens_read(method.output_tokens, samples, length),
             batch_tokens=max(TOKENS_PER_BATCH, length),
-            head_tokens=gradients.TOKENS_PER_HEAD,
+            head_tokens=TOKENS_PER_HEAD,
             hidden_size=skeleton.config.hidden_size,
             vocabulary=skeleton.config.vocab_size,
             on_gpu=on_gpu,
@@ -295,7 +300,9 @@ def _layer_size(parameters: int, shapes: Mapping[str, tuple[int, int]], mixture:
     stacked = [(rows, columns) for (_, columns), rows in groups.items()]
     single = max((statistics_bytes(columns) for _, columns in stacked), default=0)
     together = sum(statistics_bytes(columns) for _, columns in stacked) if mixture else 0
-    outputs = sum(output_bytes(rows) for rows, _ in stacked)
+    outputs = sum(
+        output_bytes(rows) for (owner, _), rows in groups.items() if has_output_statistics(owner)
+    )
     return LayerSize(parameters, stacked, max(single, min(together, STATISTICS_BYTES)), outputs)
 
 

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from pt2gguf.blocks import BLOCK_SIZE
+from pt2gguf.convert.gradients import TOKENS_PER_HEAD
 from pt2gguf.convert.groups import Stored, round_kept
 from pt2gguf.convert.machine import RepeatableAttention, computes_bfloat16
 from pt2gguf.convert.progress import Reporter
@@ -28,9 +29,8 @@ from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 from pt2gguf.ternary import Method, round_to_half
 
-# Tokens in one step, and of these in one computation of logits. Part of the result.
+# Part of the result.
 TOKENS_PER_STEP = 4096
-TOKENS_PER_HEAD = 512
 BETAS = (0.9, 0.95)
 SAVE_SECONDS = 60.0
 

@@ -115,7 +115,7 @@ def round_to_half(values: Tensor, what: str) -> Tensor:
     """`values` as float16; an error where float16 cannot hold one, naming it as `what`."""
     half = values.to(torch.float16)
     if not torch.isfinite(half).all():
-        worst = values.abs().max().item()
+        worst = values[torch.isfinite(values)].abs().max().item()
         raise Pt2Error(
             f"a block's {what} of {worst:.6g} does not fit float16 (largest 65504): the weights "
             "are too large to be ternarized; keep this tensor in a stock type"

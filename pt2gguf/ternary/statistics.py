@@ -20,7 +20,7 @@ class NonFiniteInputs(Exception):  # noqa: N818 - names what was found, not a fa
 
 
 def second_moments(x: Tensor) -> Tensor:
-    """x^T x (m, m), for x (tokens, m); little more than the half of it is computed."""
+    """x^T x (m, m) in x's type, for x (tokens, m); little more than the half of it is computed."""
     columns = x.shape[1]
     # Smaller products are less efficient; on a GPU they take longer to launch than to run.
     size = max(4096 if x.is_cuda else 256, -(-columns // 8))
@@ -98,7 +98,10 @@ class OutputStatistics:
         return OutputStatistics([torch.zeros(size, size, device=device) for size in sizes])
 
     def add(self, gradients: Tensor) -> None:
-        """Count a batch: (tokens, n) float32."""
+        """Count a batch: (tokens, n), whose products are taken in its type.
+
+        That may be bfloat16: what labels are drawn moves them by more than its rounding.
+        """
         sizes = [len(part) for part in self.parts]
         for part, g in zip(self.parts, gradients.split(sizes, dim=1), strict=True):
             part += second_moments(g)

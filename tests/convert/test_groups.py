@@ -57,6 +57,7 @@ def test_dense_layers(tmp_path: Path, kind: str) -> None:
     [
         ("qwen3_moe", "mlp", ("gate_proj", "up_proj"), "down_proj", 4),
         ("mixtral", "block_sparse_moe", ("w1", "w3"), "w2", 3),
+        ("olmoe", "mlp", ("gate_proj", "up_proj"), "down_proj", 8),
     ],
 )
 @pytest.mark.parametrize("samples", [1, 4])

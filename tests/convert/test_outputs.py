@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +13,14 @@ import torch
 from small_models import CONFIGS, VOCABULARY, make_model, save_model
 from torch import Tensor, nn
 
-from pt2gguf.convert import outputs
+from pt2gguf.convert import gradients, outputs
 from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.outputs import collect_outputs
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.convert.workdir import WorkDirectory
-from pt2gguf.model import Checkpoint, Skeleton, load_model
+from pt2gguf.errors import Pt2Error
+from pt2gguf.model import Checkpoint, LayerCall, Skeleton, load_model
 from pt2gguf.ternary import METHODS, OutputStatistics
 
 CPU = torch.device("cpu")
@@ -30,11 +34,16 @@ def _ids(seed: int, samples: int, length: int) -> Tensor:
 
 
 def _collected(
-    path: Path, kind: str, texts: list[Tensor], monkeypatch: pytest.MonkeyPatch, **changes: object
+    path: Path,
+    kind: str,
+    texts: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: bool = False,
+    **changes: object,
 ) -> dict[str, OutputStatistics]:
     """By group, as they are stored for layers that are still to be ternarized."""
     checkpoint = Checkpoint(save_model(path / "m", kind, **SPREAD))
-    monkeypatch.setattr(outputs, "computes_bfloat16", lambda device: False)
+    monkeypatch.setattr(outputs, "computes_bfloat16", lambda device: bfloat16)
     method = replace(METHOD, **changes)
     calibration = Calibration(texts[0], {})
     with ternarize_checkpoint(
@@ -93,7 +102,10 @@ def test_groups_of_every_architecture(
     rows = {
         f"{name}.weight": module.out_features
         for name, module in make_model(kind).named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name and not name.endswith(".gate")
+        if isinstance(module, nn.Linear)
+        and ".layers." in name
+        and not name.endswith(".gate")
+        and ".experts." not in name
     }
     names = [key.split(" + ") for key in found]
     assert sorted(name for group in names for name in group) == sorted(rows)
@@ -144,3 +156,39 @@ def test_the_model_gains(tmp_path: Path) -> None:
         found = load_model(checkpoint, replaced)(test).logits.log_softmax(-1)
         divergence[tokens] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
     assert divergence[4096] < 0.97 * divergence[0]
+
+
+def test_predictions_that_are_not_a_number() -> None:
+    def head(hidden: Tensor) -> Tensor:
+        return hidden * torch.tensor([1.0, torch.nan])
+
+    with pytest.raises(Pt2Error, match="predictions are NaN"):
+        gradients._at_last_output(head, torch.ones(1, 4, 2), torch.Generator())
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(Pt2Error, match=r"no room for 12\.0 GB.*No space left.*--work"):
+        gradients._on_disk(tmp_path, [3, 2 * 10**9])
+
+
+def test_what_enters_a_layer_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where q, k and v read it as it is, and autocast makes a copy."""
+    entered: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    call = LayerCall.__call__
+
+    def remembered(self: LayerCall, layer: nn.Module, hidden: Tensor) -> Tensor:
+        if hidden.requires_grad:
+            alive.append(sum(there() is not None for there in entered))
+            entered.append(weakref.ref(hidden))
+        return call(self, layer, hidden)
+
+    monkeypatch.setattr(outputs, "TOKENS_PER_BATCH", 24)
+    monkeypatch.setattr(LayerCall, "__call__", remembered)
+    _collected(tmp_path, "olmo2", [_ids(0, 8, 24)], monkeypatch, bfloat16=True)
+    assert len(alive) == 2 * 8  # layers, batches
+    assert max(alive) <= 1
