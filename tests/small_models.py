@@ -49,8 +49,16 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
     ),
     "olmo2": (Olmo2Config, {}),
-    # Calls experts that no token chose, too.
-    "olmoe": (OlmoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}),
+    # Calls experts that no token chose, too. llama.cpp knows it with as many keys as queries.
+    "olmoe": (
+        OlmoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            "num_key_value_heads": 4,
+        },
+    ),
     "mixtral": (MixtralConfig, {"num_local_experts": 3, "num_experts_per_tok": 2}),
 }
 

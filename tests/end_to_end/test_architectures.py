@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY
-from small_models import save_model
+from small_models import CONFIGS, save_model
 
 from pt2gguf.cli import main as pt2gguf
 from pt2gguf.convert.workdir import WorkDirectory
@@ -35,7 +35,7 @@ AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_logits_are_those_of_the_dequantized_weights(
     tmp_path: Path, monkeypatch, installation, kind: str, block_type: str
 ) -> None:
