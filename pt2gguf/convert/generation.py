@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LogitsProcessor,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from pt2gguf.convert.sampling import draw
 
 GROUPED = "pt2gguf_grouped"
 
@@ -42,6 +51,21 @@ def _grouped_attention(
         grouped, key, value, attn_mask=mask, scale=scaling
     )
     return output.reshape(batch, 1, heads, -1), None
+
+
+class Drawn(LogitsProcessor):
+    """Leaves nothing but a token that is drawn, for generation that takes the likeliest.
+
+    generator: of the CPU.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Of input_ids (batch, length) and scores (batch, vocabulary); gives new scores."""
+        tokens = draw(scores.float().softmax(-1), self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
 def roomy_cache(config: Any, length: int) -> DynamicCache:

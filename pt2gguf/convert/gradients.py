@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pt2gguf.convert.activations import hooked, require_finite
 from pt2gguf.convert.machine import RepeatableAttention
+from pt2gguf.convert.sampling import draw
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 
@@ -146,28 +147,19 @@ def _at_last_output(
     for part in flat.split(TOKENS_PER_HEAD, dim=1):
         x = part.detach().requires_grad_()
         with torch.enable_grad():
-            likelihoods = head(x).float().log_softmax(-1)[0]
-        if torch.isnan(likelihoods).any():
+            logits = head(x)
+        probabilities = logits.detach()[0].float().softmax(-1)
+        if not torch.isfinite(probabilities[:, 0]).all():  # as all of a row is, or none
             raise Pt2Error(
                 "the full-precision model's predictions are NaN: calibrate on other text, or check "
                 "that the checkpoint works in float32"
             )
-        labels = _draw(likelihoods.detach().exp(), generator)
-        drawn = torch.zeros_like(likelihoods).scatter_(1, labels, 1.0)
-        (gradient,) = torch.autograd.grad(likelihoods, x, drawn)
+        labels = draw(probabilities, generator)
+        # The label's log-likelihood rises with its own logit, and falls with all by their shares.
+        slope = (-probabilities).scatter_add_(1, labels, torch.ones_like(probabilities[:, :1]))
+        (gradient,) = torch.autograd.grad(logits, x, slope.unsqueeze(0).to(logits.dtype))
         gradients.append(gradient)
     return torch.cat(gradients, dim=1).view_as(hidden)
-
-
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """(n, 1) int64: an index into each row of probabilities (n, v), by a generator of the CPU.
-
-    torch.multinomial takes several times as long. Integers sum up to the same on every machine.
-    """
-    cumulative = (probabilities * 2.0**40).long().cumsum(-1)
-    shares = torch.rand(len(probabilities), 1, dtype=torch.float64, generator=generator)
-    thresholds = (shares.to(probabilities.device) * cumulative[:, -1:]).long()
-    return torch.searchsorted(cumulative, thresholds, right=True)
 
 
 @contextmanager

@@ -168,12 +168,15 @@ class _TernaryModel(nn.Module):
             full_precision.reshape(1, -1, width).split(TOKENS_PER_HEAD, dim=1),
             strict=True,
         ):
-            wanted = self._head(teacher).float().log_softmax(-1)
             x = student.detach().requires_grad_()
-            found = self._head(x).float().log_softmax(-1)
-            loss = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
-            losses.append(loss.item())
-            gradients += torch.autograd.grad(loss / tokens, x)
+            logits = self._head(x)
+            with torch.no_grad():
+                wanted = self._head(teacher).float().log_softmax(-1)
+                found = logits.float().log_softmax(-1)
+                shares = wanted.exp()
+                losses.append(wanted.sub_(found).mul_(shares).sum().item())
+                slope = found.exp_().sub_(shares).div_(tokens)
+            gradients += torch.autograd.grad(logits, x, slope.to(logits.dtype))
         return sum(losses) / tokens, torch.cat(gradients, dim=1).view_as(hidden)
 
     def tuned(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:

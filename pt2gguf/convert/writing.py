@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from pt2gguf.convert.calibration import Calibration
-from pt2gguf.convert.generation import roomy_cache, use_grouped_attention
+from pt2gguf.convert.generation import Drawn, roomy_cache, use_grouped_attention
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.resources import CUDA_LIBRARIES, FLOAT32, READING, Needs, require_memory
@@ -62,23 +62,22 @@ def write_text(
     model = load_model(checkpoint, {}, device, dtype)
     use_grouped_attention(model)
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
+        do_sample=False,
         max_new_tokens=length - 1,
         suppress_tokens=_end_tokens(config) or None,
         pad_token_id=0,
     )
     starts = _first_tokens(config, calibration.ids, windows).to(device)
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.manual_seed(calibration.provenance.get("seed") or 0)
-        parts = [
-            model.generate(
-                part,
-                attention_mask=torch.ones_like(part),
-                past_key_values=None if model._is_stateful else roomy_cache(config, length),
-            ).cpu()
-            for part in starts.split(batch)
-        ]
+    drawn = Drawn(torch.Generator().manual_seed(calibration.provenance.get("seed") or 0))
+    parts = [
+        model.generate(
+            part,
+            attention_mask=torch.ones_like(part),
+            past_key_values=None if model._is_stateful else roomy_cache(config, length),
+            logits_processor=LogitsProcessorList([drawn]),
+        ).cpu()
+        for part in starts.split(batch)
+    ]
     if on_gpu:
         del model
         torch.cuda.empty_cache()  # what is cached counts as taken when others ask for room

@@ -71,8 +71,8 @@ def _fused_kernel() -> Callable[[Tensor, Tensor | None, Tensor], Tensor] | None:
 class Replayed:
     """A function of tensors, its kernels replayed as one CUDA graph where there is a GPU.
 
-    They are thousands of small ones, which take longer to launch one by one than to run. There is a
-    graph for each combination of shapes; the function must not wait for the GPU.
+    They are many small ones, which take longer to launch one by one than to run. There is a graph
+    for each combination of shapes; the function must not wait for the GPU.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:

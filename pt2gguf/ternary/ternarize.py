@@ -194,7 +194,7 @@ def _ternarize_block(
             factors.L,
         )
         done.append(rounded)
-        error = rounded[3]
+        *_, error, _ = rounded
         step.compensate(error - step_from_columns, targets)
     alpha, mu, T, error, singular = (torch.cat(p)[order.argsort()] for p in zip(*done, strict=True))
     return _Block(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,23 @@ def test_texts_are_shared_out(
     together = torch.cat([t.flatten() for t in [*texts, *further]])
     everything = torch.cat([ids.flatten(), own.flatten()])
     assert torch.equal(together.sort().values, everything.sort().values)
+
+
+def test_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against PyTorch's own, by autograd."""
+    monkeypatch.setattr(tuning, "TOKENS_PER_HEAD", 5)  # the last part is shorter
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4, 8, dtype=torch.float64, generator=generator)
+    weight = torch.randn(8, 31, dtype=torch.float64, generator=generator)
+    model = SimpleNamespace(_head=lambda hidden: hidden @ weight)
+    loss, gradient = tuning._TernaryModel._divergence(model, student, teacher)
+    student.requires_grad_()
+    found, wanted = ((x @ weight).log_softmax(-1) for x in (student, teacher))
+    expected = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / 12
+    expected.backward()
+    # It compares in float32.
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(gradient, student.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_rate() -> None:
