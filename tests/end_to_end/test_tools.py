@@ -103,7 +103,8 @@ def test_python_bindings(installation, converted, block_type) -> None:
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, env={})
     assert finished.returncode == 0, finished.stderr
     text, mapped = json.loads(finished.stdout)
-    assert text.strip() == continuation(installation, file)
+    # The bindings leave flash attention off, whose rounding decides between tokens of like logits.
+    assert text.strip() == continuation(installation, file, "-fa", "off")
     for library in ("libggml-base.", "libggml-cpu.", "libggml.", "libllama."):
         assert len([path for path in mapped if library in path]) == 1
 
