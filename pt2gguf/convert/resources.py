@@ -26,8 +26,9 @@ ACTIVATIONS, KEPT_ACTIVATIONS = 8, 24
 GRID_NUMBERS, SAVED_NUMBERS = 10, 6
 # Bytes for each element of a tensor while it is read: as stored, and as float32.
 READING = FLOAT16 + FLOAT32
-# Tensors (tokens, vocabulary) alive at once when logits are compared.
-LOGITS = 6
+# Tensors (tokens, vocabulary) alive at once where logits are compared or tokens drawn; integers
+# count twice.
+LOGITS = 8
 # Bytes of the host for PyTorch's CUDA libraries, loaded as they are used (2 to 3 GB were seen).
 CUDA_LIBRARIES = 3 * 10**9
 DESCRIPTION = 1024  # bytes about one weight in its layer's file, with names and report

@@ -19,7 +19,14 @@ from pt2gguf.convert.calibration import Calibration
 from pt2gguf.convert.generation import Drawn, roomy_cache, use_grouped_attention
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
-from pt2gguf.convert.resources import CUDA_LIBRARIES, FLOAT32, READING, Needs, require_memory
+from pt2gguf.convert.resources import (
+    CUDA_LIBRARIES,
+    FLOAT32,
+    LOGITS,
+    READING,
+    Needs,
+    require_memory,
+)
 from pt2gguf.model import Checkpoint, load_model
 
 LONGEST = 512  # tokens: what is enough to vary, and the keys and values of which fit in memory
@@ -52,7 +59,7 @@ def write_text(
         _needs(
             [tensor.elements for tensor in checkpoint.tensors.values()],
             dtype.itemsize,
-            batch * (window_bytes + 3 * config.vocab_size * FLOAT32),
+            batch * (window_bytes + LOGITS * config.vocab_size * FLOAT32),
             on_gpu,
         ),
         device,
