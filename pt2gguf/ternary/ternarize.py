@@ -196,7 +196,8 @@ def _ternarize_block(
         done.append(rounded)
         *_, error, _ = rounded
         step.compensate(error - step_from_columns, targets)
-    alpha, mu, T, error, singular = (torch.cat(p)[order.argsort()] for p in zip(*done, strict=True))
+    back = order.argsort()
+    alpha, mu, T, error, singular = (torch.cat(parts)[back] for parts in zip(*done, strict=True))
     return _Block(
         round_to_half(alpha, "scale"),
         round_to_half(mu, "offset"),
