@@ -24,8 +24,9 @@ ACTIVATIONS, KEPT_ACTIVATIONS = 8, 24
 # Numbers for each block of 128 weights while grids are tuned: alpha and mu, and for each of them a
 # change, its gradient and Adam's two moments. Of these are saved: the changes and the moments.
 GRID_NUMBERS, SAVED_NUMBERS = 10, 6
-# Bytes for each element of a tensor while it is read: as stored, and as float32.
-READING = FLOAT16 + FLOAT32
+# Bytes for each element of a tensor while it is read: as stored, as float32, and, where some are
+# not finite, which.
+READING = FLOAT16 + FLOAT32 + 1
 # Tensors (tokens, vocabulary) alive at once where logits are compared or tokens drawn; integers
 # count twice.
 LOGITS = 8
