@@ -1,7 +1,7 @@
 """Gradients of the model's predictions at the outputs of its linear layers, layer by layer.
 
-They are those of the log-likelihood of labels drawn from the predictions themselves, whose
-covariance is the Fisher information: the Hessian of the divergence from these predictions.
+They are those of random combinations of the logits, whose covariance is the Fisher information: the
+Hessian of the divergence from the model's own predictions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from pt2gguf.convert.activations import hooked, require_finite
 from pt2gguf.convert.machine import RepeatableAttention
-from pt2gguf.convert.sampling import draw
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 
@@ -106,7 +105,7 @@ def gradient_layers(
         for part in hidden:
             require_finite(part, f"the full-precision decoder layer {index}")
     head = skeleton.head(device)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     gradients = [_at_last_output(head, part.to(device), generator).cpu() for part in hidden]
     del head, hidden
     for index in reversed(range(len(skeleton))):
@@ -154,12 +153,23 @@ def _at_last_output(
                 "the full-precision model's predictions are NaN: calibrate on other text, or check "
                 "that the checkpoint works in float32"
             )
-        labels = draw(probabilities, generator)
-        # The label's log-likelihood rises with its own logit, and falls with all by their shares.
-        slope = (-probabilities).scatter_add_(1, labels, torch.ones_like(probabilities[:, :1]))
-        (gradient,) = torch.autograd.grad(logits, x, slope.unsqueeze(0).to(logits.dtype))
+        slope = _random_slope(probabilities, generator).unsqueeze(0)
+        (gradient,) = torch.autograd.grad(logits, x, slope.to(logits.dtype))
         gradients.append(gradient)
     return torch.cat(gradients, dim=1).view_as(hidden)
+
+
+def _random_slope(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """(tokens, vocabulary), for each row p of the probabilities of covariance diag(p) - p p^T.
+
+    So has the slope of a label drawn from p, but most draws are of a likely label, and so next to
+    nothing, and few are large: random signs for all labels give an estimate of less variance.
+    """
+    signs = torch.randint(
+        2, probabilities.shape, generator=generator, dtype=torch.int8, device=generator.device
+    )
+    mixed = probabilities.sqrt().mul_(2 * signs - 1)
+    return mixed - probabilities * mixed.sum(-1, keepdim=True)
 
 
 @contextmanager

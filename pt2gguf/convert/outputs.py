@@ -19,6 +19,8 @@ from pt2gguf.ternary import Method, OutputStatistics
 
 # Tokens in one pass. Part of the result, as sums over batches depend on it.
 TOKENS_PER_BATCH = 2048
+# Tokens of a sample that are read. More samples say more than longer ones, and take less time.
+READ_LENGTH = 256
 
 
 def collect_outputs(
@@ -88,12 +90,14 @@ def has_output_statistics(name: str) -> bool:
 
 def tokens_read(tokens: int, samples: int, length: int) -> int:
     """At most, of a calibration text (samples, length) where `tokens` are asked for."""
+    length = min(length, READ_LENGTH)
     # Two texts, of each of which at least one sample is read.
     return min(samples * length, max(tokens, length) + length)
 
 
 def _beginnings(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first samples of each text, about `tokens` altogether and in proportion."""
+    """Those of the first samples of each text, about `tokens` altogether and in proportion."""
+    texts = [ids[:, :READ_LENGTH] for ids in texts]
     share = min(1.0, tokens / sum(ids.numel() for ids in texts))
     return [ids[: max(1, round(share * len(ids)))] for ids in texts]
 

@@ -53,7 +53,7 @@ class Method:
     stack_shared_inputs: bool = True
     ssr_skip: tuple[str, ...] = ()
     reorder_by: str = "similarity"
-    output_tokens: int = 32768
+    output_tokens: int = 16384
     output_damping: float = 0.2
     tuning_epochs: int = 1
     tuning_rate: float = 1e-2

@@ -100,7 +100,7 @@ class OutputStatistics:
     def add(self, gradients: Tensor) -> None:
         """Count a batch: (tokens, n), whose products are taken in its type.
 
-        That may be bfloat16: what labels are drawn moves them by more than its rounding.
+        That may be bfloat16: what signs are drawn moves them by more than its rounding.
         """
         sizes = [len(part) for part in self.parts]
         for part, g in zip(self.parts, gradients.split(sizes, dim=1), strict=True):

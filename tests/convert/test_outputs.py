@@ -61,7 +61,7 @@ def _collected(
 def test_against_gradients_of_the_whole_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The expectation over labels, in the last layer, where a token's gradients know only itself.
+    """The expectation over signs, in the last layer, where a token's gradients know only itself.
 
     There each token's Fisher information at an output is J F J^T with F = diag(p) - p p^T.
     """
@@ -69,7 +69,7 @@ def test_against_gradients_of_the_whole_model(
     found = _collected(tmp_path, "llama", texts, monkeypatch)
     model = make_model("llama", **SPREAD)
     expected = torch.zeros(128, 128, dtype=torch.float64)
-    fourth = torch.zeros_like(expected)
+    variance = torch.zeros_like(expected)
     seen: list[Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     for ids in texts:
@@ -84,12 +84,14 @@ def test_against_gradients_of_the_whole_model(
             .double()
         )  # (tokens, vocabulary, 128)
         centred = rows - torch.einsum("tv,tvd->td", p, rows).unsqueeze(1)
-        expected += torch.einsum("tv,tvd,tve->de", p, centred, centred)
-        fourth += torch.einsum("tv,tvd,tve->de", p, centred.square(), centred.square())
+        of_tokens = torch.einsum("tv,tvd,tve->tde", p, centred, centred)
+        own = of_tokens.diagonal(dim1=1, dim2=2)
+        expected += of_tokens.sum(0)
+        variance += own.T @ own + of_tokens.square().sum(0)
     (moments,) = found["model.layers.1.mlp.down_proj.weight"].matrices()
-    # Each token adds g_d g_e of one label, of variance below E[g_d^2 g_e^2]; 5 standard errors
-    # for the largest of 128 x 129 / 2 different entries.
-    assert ((moments - expected).abs() <= 5 * fourth.sqrt()).all()
+    # Each token adds g_d g_e with g = sum of sign_k a_k, of variance below G_dd G_ee + G_de^2; 5
+    # standard errors for the largest of 128 x 129 / 2 different entries.
+    assert ((moments - expected).abs() <= 5 * variance.sqrt()).all()
     assert float(moments.trace() / expected.trace()) == pytest.approx(1, rel=0.1)
 
 
