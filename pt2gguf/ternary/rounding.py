@@ -48,10 +48,10 @@ def _round_columns(targets: Tensor, before: Tensor | None, effects: Tensor) -> T
     if targets.is_cuda and (fused := _fused_kernel()):
         return fused(targets, before, effects)
     digits = torch.empty_like(targets)
-    for j, target in enumerate(targets):
-        torch.round(target, out=digits[j]).clamp_(-1, 1)
-        rise = digits[j] - (target if before is None else before[j])
-        targets[j + 1 :].addr_(effects[j, j + 1 :], rise)
+    starts = targets if before is None else before
+    for j, (target, digit, start) in enumerate(zip(targets, digits, starts, strict=True)):
+        torch.round(target, out=digit).clamp_(-1, 1)
+        targets[j + 1 :].addr_(effects[j, j + 1 :], digit - start)
     return digits
 
 
