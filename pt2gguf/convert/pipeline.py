@@ -66,11 +66,12 @@ class Windows:
 
     @staticmethod
     def embed(skeleton: Skeleton, ids: Tensor, device: torch.device) -> Windows:
-        """Those of ids (samples, length) int64, before the first layer."""
+        """Those of ids (samples, length) int64, before the first layer, to run on `device`. The
+        hidden states are on the host."""
         batch = batch_size(ids.shape[1], device)
         hidden, calls = skeleton.embed(ids, batch)
         require_finite(hidden, "the embeddings")
-        return Windows(hidden.to(device) if _fits(hidden, device, 2) else hidden, calls, batch)
+        return Windows(hidden, calls, batch)
 
     def copy(self) -> Windows:
         return dataclasses.replace(self, hidden=self.hidden.clone())
@@ -98,6 +99,7 @@ def ternarize_layers(
     work: WorkDirectory,
     stored: Stored,
     device: torch.device,
+    room: int,
     reporter: Reporter,
 ) -> list[Tensor]:
     """Fill `work` with the ternary weights of every decoder layer that it does not hold yet.
@@ -105,8 +107,9 @@ def ternarize_layers(
     texts: each (samples, length) int64, the calibration text, of which `work` holds the output
     statistics if the method wants them. Inputs come from the layers before as
     already ternarized, and with method.gptaq also from the full-precision ones. Matrices that stay
-    in a stock type count as `stored` there. Layers that `work` holds are run, not computed again,
-    so an interrupted conversion ends with the same bytes.
+    in a stock type count as `stored` there. room: bytes of `device` for hidden states, which stay
+    on the host beyond. Layers that `work` holds are run, not computed again, so an interrupted
+    conversion ends with the same bytes.
 
     If `work` is to be tuned, gives for each of `texts` and of `further` (text that only the
     full-precision model reads) what its last decoder layer gives, (samples, length, hidden_size)
@@ -118,6 +121,8 @@ def ternarize_layers(
     ternary = [Windows.embed(skeleton, ids, device) for ids in texts]
     full = [windows.copy() for windows in ternary] if method.gptaq or work.tunes else []
     others = [Windows.embed(skeleton, ids, device) for ids in further] if work.tunes else []
+    placed = _Room(device, room)
+    ternary, full, others = (placed.take(windows) for windows in (ternary, full, others))
 
     reporter.start(len(skeleton))
     try:
@@ -376,8 +381,19 @@ def _named(name: str) -> Iterator[None]:
         raise Pt2Error(f"{name}: {error}") from error
 
 
-def _fits(hidden: Tensor, device: torch.device, copies: int) -> bool:
-    """Whether hidden states may take their place on the GPU: less than a third of what is free."""
-    if device.type != "cuda":
-        return True
-    return 3 * copies * hidden.nbytes < torch.cuda.mem_get_info(device)[0]
+class _Room:
+    """What is left for hidden states on the device that computes."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._device = device
+        self._left = size
+
+    def take(self, texts: Sequence[Windows]) -> list[Windows]:
+        """Those that fit are moved to the device."""
+        return [self._moved(windows) for windows in texts]
+
+    def _moved(self, windows: Windows) -> Windows:
+        if windows.hidden.nbytes > self._left:
+            return windows
+        self._left -= windows.hidden.nbytes
+        return dataclasses.replace(windows, hidden=windows.hidden.to(self._device))

@@ -16,7 +16,7 @@ from pt2gguf.ternary import output_bytes
 
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 # Square matrices (m, m) and weight-shaped ones (n, m), float64, alive at once in `ternarize`.
-SQUARES, WEIGHTS = 10, 6
+SQUARES, WEIGHTS = 8, 6
 # Of a group's output statistics, besides themselves: in float64, with inverses and factors.
 OUTPUT_COPIES = 6
 # Tensors (tokens, widest) alive at once in a forward pass, and in one whose gradients are wanted.
@@ -50,7 +50,10 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class Needs:
-    """Peak bytes beyond what the process holds already."""
+    """Peak bytes beyond what the process holds already.
+
+    gpu: without hidden states, which find place there or stay on the host.
+    """
 
     host: int
     gpu: int
@@ -167,6 +170,11 @@ def estimate_tuning(
         host = CUDA_LIBRARIES + hidden + max(other_parameters * READING, saved)
         return Needs(host=host, gpu=compute, disk=disk)
     return Needs(host=hidden + compute, gpu=0, disk=disk)
+
+
+def room_for_hidden_states(needs: Needs, device: torch.device) -> int:
+    """Bytes of a GPU that `needs` leaves free; none of another device."""
+    return free_gpu_memory(device) - needs.gpu if device.type == "cuda" else 0
 
 
 def fits_easily(needs: Needs, device: torch.device) -> bool:

@@ -40,6 +40,7 @@ from pt2gguf.convert.resources import (
     fits_easily,
     require_disk,
     require_memory,
+    room_for_hidden_states,
 )
 from pt2gguf.convert.settings import make_settings
 from pt2gguf.convert.tuning import step_size, tune_grids
@@ -116,8 +117,9 @@ def ternarize_checkpoint(
                 texts, further = split_texts(calibration.ids, written)
                 if method.output_tokens:
                     collect_outputs(skeleton, texts, method, work, device, reporter)
+                room = room_for_hidden_states(needs, device)
                 full_precision = ternarize_layers(
-                    skeleton, texts, further, method, work, stored, device, reporter
+                    skeleton, texts, further, method, work, stored, device, room, reporter
                 )
                 if work.tunes:
                     all_kept = tuning_needs(

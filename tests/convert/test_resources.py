@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from pt2gguf.convert import resources, tuning, writing
 from pt2gguf.convert.calibration import Calibration
+from pt2gguf.convert.pipeline import Windows, _Room
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.resources import (
     CUDA_LIBRARIES,
@@ -20,6 +21,7 @@ from pt2gguf.convert.resources import (
     estimate,
     fits_easily,
     require_disk,
+    room_for_hidden_states,
 )
 from pt2gguf.convert.run import (
     conversion_needs,
@@ -234,3 +236,19 @@ def test_memory_of_a_container(
     monkeypatch.setattr(resources, "CGROUP", tmp_path)
     monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory(5000))
     assert available_memory() == expected
+
+
+@pytest.mark.parametrize(("room", "moved"), [(0, 0), (511, 0), (512, 1), (1536, 3), (2000, 3)])
+def test_hidden_states_take_the_room_there_is(room: int, moved: int) -> None:
+    """Of four texts with 4 x 8 x 4 float32 each."""
+    texts = [Windows(torch.zeros(4, 8, 4), {}, 1) for _ in range(4)]
+    placed = _Room(torch.device("meta"), room)
+    found = [windows for half in (texts[:2], texts[2:]) for windows in placed.take(half)]
+    assert [windows.hidden.is_meta for windows in found] == [i < moved for i in range(4)]
+
+
+def test_room_is_what_the_layers_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "free_gpu_memory", lambda device: 1000)
+    needs = Needs(host=0, gpu=700, disk=0)
+    assert room_for_hidden_states(needs, torch.device("cuda")) == 300
+    assert room_for_hidden_states(needs, CPU) == 0
