@@ -49,9 +49,10 @@ def _round_columns(targets: Tensor, before: Tensor | None, effects: Tensor) -> T
         return fused(targets, before, effects)
     digits = torch.empty_like(targets)
     starts = targets if before is None else before
-    for j, (target, digit, start) in enumerate(zip(targets, digits, starts, strict=True)):
+    columns = zip(targets, digits, starts, effects, strict=True)
+    for later, (target, digit, start, effect) in enumerate(columns, 1):
         torch.round(target, out=digit).clamp_(-1, 1)
-        targets[j + 1 :].addr_(effects[j, j + 1 :], digit - start)
+        targets[later:].addr_(effect[later:], digit - start)
     return digits
 
 
