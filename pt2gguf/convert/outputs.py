@@ -90,9 +90,9 @@ def has_output_statistics(name: str) -> bool:
 
 def tokens_read(tokens: int, samples: int, length: int) -> int:
     """At most, of a calibration text (samples, length) where `tokens` are asked for."""
-    length = min(length, READ_LENGTH)
+    longest = min(length, READ_LENGTH)
     # Two texts, of each of which at least one sample is read.
-    return min(samples * length, max(tokens, length) + length)
+    return min(samples * length, max(tokens, longest) + longest)
 
 
 def _beginnings(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:

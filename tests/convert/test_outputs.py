@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pt2gguf.convert import gradients, outputs
 from pt2gguf.convert.calibration import Calibration
-from pt2gguf.convert.outputs import collect_outputs
+from pt2gguf.convert.outputs import _beginnings, collect_outputs, tokens_read
 from pt2gguf.convert.progress import SilentReporter
-from pt2gguf.convert.run import ternarize_checkpoint
+from pt2gguf.convert.run import split_texts, ternarize_checkpoint
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import Checkpoint, LayerCall, Skeleton, load_model
@@ -194,3 +194,14 @@ def test_what_enters_a_layer_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     _collected(tmp_path, "olmo2", [_ids(0, 8, 24)], monkeypatch, bfloat16=True)
     assert len(alive) == 2 * 8  # layers, batches
     assert max(alive) <= 1
+
+
+@pytest.mark.parametrize("samples", [1, 4, 128])
+@pytest.mark.parametrize("length", [24, 512, 2048])
+@pytest.mark.parametrize("tokens", [32, 16384])
+def test_no_more_is_read_than_estimated(samples: int, length: int, tokens: int) -> None:
+    """Where a long sample gives way to several written ones, of each of which a part is read."""
+    written = torch.zeros(64, min(length, 512), dtype=torch.int64)
+    texts, _ = split_texts(torch.zeros(samples, length, dtype=torch.int64), written)
+    read = sum(ids.numel() for ids in _beginnings(texts, tokens))
+    assert 0 < read <= tokens_read(tokens, samples, length)
