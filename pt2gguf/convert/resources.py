@@ -16,7 +16,7 @@ from pt2gguf.ternary import output_bytes
 
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 # Square matrices (m, m) and weight-shaped ones (n, m), float64, alive at once in `ternarize`.
-SQUARES, WEIGHTS = 8, 6
+SQUARES, WEIGHTS = 10, 6
 # Of a group's output statistics, besides themselves: in float64, with inverses and factors.
 OUTPUT_COPIES = 6
 # Tensors (tokens, widest) alive at once in a forward pass, and in one whose gradients are wanted.
