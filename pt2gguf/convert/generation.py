@@ -46,14 +46,11 @@ def _grouped_attention(
     """
     batch, heads, _tokens, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)
-    rows = grouped.shape[2]
-    if rows == 1 and query.is_cpu and query.dtype == torch.bfloat16:
-        grouped = grouped.expand(-1, -1, 2, -1)  # for which PyTorch takes half as long as for one
     mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
     output = nn.functional.scaled_dot_product_attention(
         grouped, key, value, attn_mask=mask, scale=scaling
     )
-    return output[:, :, :rows].reshape(batch, 1, heads, -1), None
+    return output.reshape(batch, 1, heads, -1), None
 
 
 class Drawn(LogitsProcessor):
