@@ -245,7 +245,7 @@ def layer_figures(
             fresh, _ = ternarize(torch.cat(weights), statistics, how)
             for name, W, rows in zip(members, weights, row_ranges(weights), strict=True):
                 reported = done.reports[name]["relative_error"]
-                recomputed = relative_error(W, done.weights[name], H)
+                recomputed = relative_error(W, done.weights[name].dequantize(), H)
                 if not math.isclose(recomputed, reported, rel_tol=1e-3):
                     raise SystemExit(
                         f"{name} has an error of {recomputed} here and of {reported} in "
@@ -254,7 +254,10 @@ def layer_figures(
                 part = TernaryWeight(
                     fresh.alpha[rows], fresh.mu[rows], fresh.digits[rows], fresh.perm
                 )
-                yield name, limits.figures(W.double(), reported, relative_error(W, part, H))
+                yield (
+                    name,
+                    limits.figures(W.double(), reported, relative_error(W, part.dequantize(), H)),
+                )
         for part in hidden.split(batch):
             part.copy_(run(part))
 
@@ -296,7 +299,7 @@ class Limits:
         generator = torch.Generator().manual_seed(0)
         gaussian = torch.randn(GAUSSIAN_ROWS, columns, generator=generator, dtype=torch.float64)
         weight, _ = ternarize(gaussian, statistics, method)
-        error = relative_error(gaussian, weight, H)
+        error = relative_error(gaussian, weight.dequantize(), H)
         # All of these are for one row of variance 1.
         self._ours = error * energy(gaussian, H) / GAUSSIAN_ROWS
         self._feedback = fitted * feedback_costs(H, weight.perm).sum().item()

@@ -7,8 +7,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from pt2gguf.model import Skeleton
     from pt2gguf.ternary import Method
 
-BUDGET_TYPES = ("q3_k", "q4_k", "q6_k")
+BUDGET_TYPES = ("q2_k", "q3_k", "q4_k")
 
 
 def add_parser(commands: Any) -> None:
@@ -154,13 +153,16 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.convert.machine import usable_device
     from pt2gguf.convert.progress import ConsoleReporter
     from pt2gguf.convert.run import make_plan, ternarize_checkpoint
+    from pt2gguf.convert.stock import StockTypes
     from pt2gguf.convert.workdir import WorkDirectory
     from pt2gguf.export.gguf_file import ExportOptions, write_gguf
     from pt2gguf.export.llama_cpp import import_llama_cpp
     from pt2gguf.export.precheck import find_unexportable, require_known_vocabulary
+    from pt2gguf.export.stock_grids import GRIDS, GgmlGrid
     from pt2gguf.export.work_source import WorkSource
     from pt2gguf.model import Checkpoint, Skeleton
     from pt2gguf.native.installation import find_installation
+    from pt2gguf.ternary import CHUNK
 
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
@@ -179,6 +181,13 @@ def run(options: argparse.Namespace) -> None:
 
     llama_cpp = import_llama_cpp(find_installation())
     gguf = llama_cpp.gguf
+    bits = {kind: bits_per_weight(kind, gguf) for kind in BUDGET_TYPES}
+    largest = max(bits, key=bits.__getitem__)
+    if options.budget is not None and options.budget > bits[largest]:
+        raise Pt2Error(
+            f"--budget {options.budget:g} is more than the {bits[largest]:g} bits per weight of "
+            f"{largest}, the largest type that it spends on: ask for less"
+        )
     checkpoint = Checkpoint(local_directory(options.model))
     require_known_vocabulary(checkpoint.path, llama_cpp)
     skeleton = Skeleton(checkpoint)
@@ -196,21 +205,36 @@ def run(options: argparse.Namespace) -> None:
         option = "--budget" if name in chosen else "--tensor-type"
         return stock_type and f"{option} asks for {stock_type}"
 
-    def stored(name: str, weight: Tensor) -> Tensor:
+    def values(name: str, weight: Tensor) -> Tensor:
         return stored_values(weight, tensor_type(name, gguf_name(name)) or "f16", gguf)
 
-    calibration = calibration_for(skeleton, options)
-    candidates = make_plan(skeleton, asked_for).ternary
-    unexportable = find_unexportable(checkpoint.path, candidates, llama_cpp)
+    grids = {kind: GgmlGrid(kind, gguf, llama_cpp.ggml) for kind in GRIDS}
+    unexportable: dict[str, str] = {}
 
-    def ternarize(with_method: Method, work_directory: Path) -> WorkDirectory:
+    def grid(name: str) -> GgmlGrid | None:
+        if name in unexportable or checkpoint.tensors[name].shape[-1] % CHUNK:
+            return None
+        return grids.get(tensor_type(name, gguf_name(name)) or "")
+
+    calibration = calibration_for(skeleton, options)
+    plan = make_plan(skeleton, asked_for, StockTypes(values, grid))
+    of_one_type: dict[str, dict[str, tuple[int, int]]] = {"ternary": dict(plan.ternary)}
+    for name, shape in plan.stock.items():
+        kind = tensor_type(name, gguf_name(name)) or ""
+        of_one_type.setdefault(kind, {})[name] = shape
+    for shapes in of_one_type.values():
+        unexportable |= find_unexportable(checkpoint.path, shapes, llama_cpp)
+
+    def ternarize(
+        with_method: Method, work_directory: Path, alternatives: Sequence[GgmlGrid] = ()
+    ) -> WorkDirectory:
         return ternarize_checkpoint(
             checkpoint,
             with_method,
             calibration,
             work_directory,
             keep=lambda name: asked_for(name) or unexportable.get(name),
-            stored=stored,
+            stock=StockTypes(values, grid, alternatives),
             device=device,
             threads=options.threads,
             force=options.force,
@@ -221,16 +245,17 @@ def run(options: argparse.Namespace) -> None:
     if options.budget is not None:
         console.print("first all of it ternary, to learn where bits are needed most")
         untuned = dataclasses.replace(method, tuning_epochs=0, written_windows=0)
-        with ternarize(untuned, work_directory.with_name(work_directory.name + ".first")) as first:
+        candidates = [grids[kind] for kind in BUDGET_TYPES]
+        first_directory = work_directory.with_name(work_directory.name + ".first")
+        with ternarize(untuned, first_directory, candidates) as first:
             console.print("measuring what each weight costs the model")
             chosen |= spend_budget(
                 skeleton,
                 calibration.ids,
                 first,
                 tensor_of=lambda name: gguf_name(name) or name,
-                stored={t: partial(stored_values, name=t, gguf=gguf) for t in BUDGET_TYPES},
-                bits={TERNARY: block_type.bits_per_weight}
-                | {t: bits_per_weight(t, gguf) for t in BUDGET_TYPES},
+                grids=candidates,
+                bits={TERNARY: block_type.bits_per_weight} | bits,
                 budget=options.budget,
                 device=device,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from pt2gguf.convert.sensitivity import divergences
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.model import Skeleton
+from pt2gguf.ternary import StockGrid
 
 TERNARY = "ternary"
 # Of the calibration text that the costs are measured on.
@@ -22,7 +23,7 @@ def spend_budget(
     ids: Tensor,
     work: WorkDirectory,
     tensor_of: Callable[[str], str],
-    stored: Mapping[str, Callable[[Tensor], Tensor]],
+    grids: Sequence[StockGrid],
     bits: Mapping[str, float],
     budget: float,
     device: torch.device,
@@ -30,16 +31,21 @@ def spend_budget(
     """Which weights of `work`, all ternary there, should be of another type, by checkpoint name.
 
     ids: (samples, length) int64, the calibration text; tensor_of: the file's tensor that a weight
-    becomes part of, as those that become one must have one type; stored: by type, from a weight
-    (n, m) to its values in that type; bits: bits per weight of each of these types and of TERNARY;
-    budget: the most bits per weight, on the average over all weights of `work`.
+    becomes part of, as those that become one must have one type; grids: of the alternatives that
+    `work` holds; bits: bits per weight of each of these types and of TERNARY; budget: the most bits
+    per weight, on the average over all weights of `work`.
     """
     layer_of = work.layer_numbers()
-    layer = lru_cache(maxsize=1)(lambda index: work.load_layer(index).weights)
+    load_layer = lru_cache(maxsize=1)(work.load_layer)
 
-    def versions(name: str, weight: Tensor) -> dict[str, Tensor]:
-        ternary = layer(layer_of[name])[name].dequantize()
-        return {TERNARY: ternary} | {kind: values(weight) for kind, values in stored.items()}
+    def versions(name: str, _: Tensor) -> dict[str, Tensor]:
+        layer = load_layer(layer_of[name])
+        alternatives = layer.alternatives.get(name, {})
+        return {TERNARY: layer.weights[name].dequantize()} | {
+            grid.name: grid.values(alternatives[grid.name].packed)
+            for grid in grids
+            if grid.name in alternatives
+        }
 
     found = divergences(skeleton, ids[:SAMPLES, :LENGTH], layer_of, versions, work.path, device)
     sizes: dict[str, int] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,6 @@ STATISTICS_BYTES = 2**32  # of one stage, unless a single group needs more
 
 Keep = Callable[[str], str | None]
 """From the checkpoint name of a matrix to why it is to stay in a stock type; None if it is not."""
-
-Stored = Callable[[str, Tensor], Tensor]
-"""From the checkpoint name of a matrix that stays in a stock type, and its values (n, m) float32 on
-the CPU, to the values that it will have in the file."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +47,28 @@ def routers(layer: nn.Module, config: Any) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What becomes of the matrices of a decoder layer.
+
+    ternary: names of the linear layers (nn.Linear) to ternarize; asked_for: of those that `Keep`
+    wants in a stock type; reasons: for every matrix that is not ternary, by checkpoint name.
+    """
+
+    ternary: list[str]
+    asked_for: list[str]
+    reasons: dict[str, str]
+
+
 def select_linears(
     layer: nn.Module, config: Any, stored_name: Callable[[str], str], keep: Keep
-) -> tuple[list[str], dict[str, str]]:
+) -> Selection:
     """What to ternarize in a decoder layer, and what not.
 
     stored_name: from a parameter's name within the layer to its name in the checkpoint.
-
-    Gives the names of the linear layers (nn.Linear) to ternarize, and for every other matrix its
-    checkpoint name with the reason.
     """
-    chosen: list[str] = []
-    kept: dict[str, str] = {}
+    selected = Selection([], [], {})
+    reasons = selected.reasons
     choosing = routers(layer, config)
     for owner_name, owner in layer.named_modules():
         for key, parameter in owner.named_parameters(recurse=False):
@@ -70,29 +76,26 @@ def select_linears(
                 continue
             name = stored_name(f"{owner_name}.{key}" if owner_name else key)
             if any(f"{owner_name}.".startswith(f"{router}.") for router in choosing):
-                kept[name] = "it chooses experts"
+                reasons[name] = "it chooses experts"
             elif not isinstance(owner, nn.Linear) or key != "weight":
-                kept[name] = f"it belongs to {type(owner).__name__}, not to a linear layer"
+                reasons[name] = f"it belongs to {type(owner).__name__}, not to a linear layer"
             elif owner.in_features % BLOCK_SIZE:
-                kept[name] = f"its row length {owner.in_features} is not a multiple of {BLOCK_SIZE}"
+                reasons[name] = (
+                    f"its row length {owner.in_features} is not a multiple of {BLOCK_SIZE}"
+                )
             elif (reason := keep(name)) is not None:
-                kept[name] = reason
+                reasons[name] = reason
+                selected.asked_for.append(owner_name)
             else:
-                chosen.append(owner_name)
-    return chosen, kept
+                selected.ternary.append(owner_name)
+    return selected
 
 
-def round_kept(
-    layer: nn.Module, stored_name: Callable[[str], str], kept: Collection[str], stored: Stored
-) -> None:
-    """Give the matrices `kept` of a decoder layer the values that they will have in the file.
-
-    stored_name: from a parameter's name within the layer to its name in the checkpoint.
-    """
-    for module_name, module in layer.named_modules():
-        name = stored_name(f"{module_name}.weight")
-        if name in kept and isinstance(module, nn.Linear):
-            module.weight.copy_(stored(name, module.weight.cpu()))
+def rounded_together(modules: Sequence[str], alone: Callable[[str], bool]) -> list[tuple[str, ...]]:
+    """What of a group is rounded as one matrix; a module that is `alone` by itself."""
+    together = tuple(module for module in modules if not alone(module))
+    by_themselves = [(module,) for module in modules if alone(module)]
+    return [*([together] if together else []), *by_themselves]
 
 
 class InputGroups:

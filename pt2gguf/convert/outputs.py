@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pt2gguf.convert.gradients import GradientLayer, gradient_layers
-from pt2gguf.convert.groups import EXPERT, Group, watched_stages
+from pt2gguf.convert.groups import EXPERT, rounded_together, watched_stages
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.workdir import WorkDirectory, group_key
@@ -67,11 +67,15 @@ def _collect(
         for module, linear in gradients.layer.named_modules()
         if isinstance(linear, nn.Linear) and has_output_statistics(module)
     }
-    ternary = [module for module, name in names.items() if name not in work.kept]
-    statistics = _statistics(gradients, ternary, method.stack_shared_inputs, device)
+    rounded = [module for module, name in names.items() if name not in work.kept]
+
+    def alone(module: str) -> bool:
+        return not method.stack_shared_inputs or names[module] in work.stock
+
+    statistics = _statistics(gradients, rounded, alone, device)
     named = {
-        group_key([names[module] for module in group.modules]): found
-        for group, found in statistics.items()
+        group_key([names[module] for module in modules]): found
+        for modules, found in statistics.items()
     }
     for key, found in named.items():
         _require_finite(key, found)
@@ -103,24 +107,23 @@ def _beginnings(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 
 def _statistics(
-    gradients: GradientLayer, linears: Sequence[str], stacked: bool, device: torch.device
-) -> dict[Group, OutputStatistics]:
-    groups: Iterable[Group] = [
-        group
+    gradients: GradientLayer,
+    linears: Sequence[str],
+    alone: Callable[[str], bool],
+    device: torch.device,
+) -> dict[tuple[str, ...], OutputStatistics]:
+    """By the modules that are rounded together."""
+    found = {
+        modules: OutputStatistics.empty(
+            sum(_rows(gradients.layer, module) for module in modules), device
+        )
         for stage in watched_stages(gradients.layer, linears, gradients.forward_passes())
         for group in stage.groups
-    ]
-    if not stacked:
-        groups = [Group((m,), group.columns) for group in groups for m in group.modules]
-    found = {
-        group: OutputStatistics.empty(
-            sum(_rows(gradients.layer, module) for module in group.modules), device
-        )
-        for group in groups
+        for modules in rounded_together(group.modules, alone)
     }
     for passes in gradients.passes(linears):
-        for group, statistics in found.items():
-            for calls in zip(*(passes.get(module, []) for module in group.modules), strict=True):
+        for modules, statistics in found.items():
+            for calls in zip(*(passes.get(module, []) for module in modules), strict=True):
                 together = torch.cat([g.flatten(0, -2) for _, g in calls], dim=1)
                 statistics.add(together)
     return found

@@ -23,24 +23,27 @@ from pt2gguf.convert.groups import (
     EXPERT,
     Group,
     Stage,
-    Stored,
-    round_kept,
+    rounded_together,
     routers,
     watched_stages,
 )
 from pt2gguf.convert.progress import Reporter
+from pt2gguf.convert.stock import StockTypes, replace_weights, round_kept
 from pt2gguf.convert.workdir import Layer, WorkDirectory, group_key
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 from pt2gguf.model.mlp import producers
 from pt2gguf.ternary import (
+    CHUNK,
     InputStatistics,
     Method,
     NonFiniteInputs,
     OutputStatistics,
+    StockWeight,
     TernarizationReport,
     TernaryWeight,
     relative_error,
+    round_to_stock,
     ternarize,
 )
 
@@ -97,7 +100,7 @@ def ternarize_layers(
     further: Sequence[Tensor],
     method: Method,
     work: WorkDirectory,
-    stored: Stored,
+    stock: StockTypes,
     device: torch.device,
     room: int,
     reporter: Reporter,
@@ -105,11 +108,10 @@ def ternarize_layers(
     """Fill `work` with the ternary weights of every decoder layer that it does not hold yet.
 
     texts: each (samples, length) int64, the calibration text, of which `work` holds the output
-    statistics if the method wants them. Inputs come from the layers before as
-    already ternarized, and with method.gptaq also from the full-precision ones. Matrices that stay
-    in a stock type count as `stored` there. room: bytes of `device` for hidden states, which stay
-    on the host beyond. Layers that `work` holds are run, not computed again, so an interrupted
-    conversion ends with the same bytes.
+    statistics if the method wants them. Inputs come from the layers before as already ternarized,
+    and with method.gptaq also from the full-precision ones. room: bytes of `device` for hidden
+    states, which stay on the host beyond. Layers that `work` holds are run, not computed again, so
+    an interrupted conversion ends with the same bytes.
 
     If `work` is to be tuned, gives for each of `texts` and of `further` (text that only the
     full-precision model reads) what its last decoder layer gives, (samples, length, hidden_size)
@@ -128,13 +130,12 @@ def ternarize_layers(
     try:
         for index in range(needed):
             reporter.layer_started(index)
-            layer = LayerRun(skeleton, index, ternary, full, device)
-            layer.round_kept(work.kept, stored)
+            layer = LayerRun(skeleton, index, ternary, full, work, stock, device)
             if finished[index]:
-                layer.replace(work.load_layer(index).weights)
+                layer.replace(work.load_layer(index))
             else:
                 outputs = work.load_outputs(index) or {}
-                work.save_layer(index, layer.ternarize(work.kept, method, outputs, reporter))
+                work.save_layer(index, layer.ternarize(method, outputs, reporter))
             work.drop_outputs(index)
             if index + 1 < needed or work.tunes:
                 layer.advance(others)
@@ -157,10 +158,12 @@ class LayerRun:
         index: int,
         ternary: Sequence[Windows],
         full: Sequence[Windows],
+        work: WorkDirectory,
+        stock: StockTypes,
         device: torch.device,
     ) -> None:
         """ternary, full: the same texts, as the ternarized and the full-precision layers gave them;
-        full may be empty."""
+        full may be empty. work: tells which matrices stay in stock types."""
         self._skeleton = skeleton
         self._index = index
         self._ternary_windows = ternary
@@ -170,53 +173,47 @@ class LayerRun:
         self._full = copy.deepcopy(self._layer) if full else None
         self._routers = routers(self._layer, skeleton.config)
         self._full_advanced = False
-
-    def round_kept(self, kept: Collection[str], stored: Stored) -> None:
-        """Compute with the values that the matrices `kept` will have in the file."""
-        stored_name = partial(self._skeleton.stored_name, self._index)
-        round_kept(self._layer, stored_name, kept, stored)
+        self._kept = work.kept
+        self._stock = stock
+        self._grids = stock.grids(work.stock)
+        self._stored_name = partial(skeleton.stored_name, index)
+        round_kept(self._layer, self._stored_name, work.kept, stock)
 
     def ternarize(
-        self,
-        kept: Mapping[str, str],
-        method: Method,
-        outputs: Mapping[str, OutputStatistics],
-        reporter: Reporter,
+        self, method: Method, outputs: Mapping[str, OutputStatistics], reporter: Reporter
     ) -> Layer:
-        """Ternarize every linear layer but those in `kept`, each on what those before it give.
+        """Round every linear layer that is not kept as it is, each on what those before it give.
 
         outputs: by `group_key`, as `collect_outputs` stores them.
         """
-        done = Layer({}, {})
-        available = self._skeleton.checkpoint.tensors.keys() - kept.keys()
-        stages = self._stages(kept)
+        done = Layer()
+        stages = self._stages()
         for stage in stages:
             begun = time.monotonic()
             collected = self._statistics(stage, method, reporter, last=stage is stages[-1])
             for group in stage.groups:
                 statistics = collected.pop(group)
-                results = self._ternarize_group(group, statistics, method, outputs, available)
-                for name, weight, report in results:
+                for name, values, report in self._round_group(
+                    group, statistics, method, outputs, done
+                ):
                     if report.damping > method.damping:
                         reporter.note(
                             f"{name}: damping raised from {method.damping:g} to "
                             f"{report.damping:g}, as the calibration inputs do not span all "
                             "columns"
                         )
-                    done.weights[name] = weight
                     done.reports[name] = dataclasses.asdict(report) | {"tokens": statistics.tokens}
-                    self.replace({name: weight})
+                    replace_weights(self._layer, self._stored_name, {name: values})
                     seconds, begun = time.monotonic() - begun, time.monotonic()
-                    shape = tuple(weight.digits.shape)
+                    shape = (values.shape[0], values.shape[1])
                     reporter.weight_done(name, shape, report.relative_error, seconds)
         return done
 
-    def replace(self, weights: Mapping[str, TernaryWeight]) -> None:
-        """Compute with `weights` (by checkpoint name) instead of the layer's own."""
-        for module_name, module in self._layer.named_modules():
-            name = self._weight_name(module_name)
-            if name in weights and isinstance(module, nn.Linear):
-                module.weight.copy_(weights[name].dequantize())
+    def replace(self, done: Layer) -> None:
+        """Compute with what `ternarize` gave instead of the layer's own weights."""
+        ternary = {name: weight.dequantize() for name, weight in done.weights.items()}
+        values = ternary | self._stock.rounded(done.stock)
+        replace_weights(self._layer, self._stored_name, values)
 
     def advance(self, others: Sequence[Windows]) -> None:
         """Replace the hidden states by the layer's outputs.
@@ -240,13 +237,13 @@ class LayerRun:
         part.copy_(output)
 
     def _weight_name(self, module: str) -> str:
-        return self._skeleton.stored_name(self._index, f"{module}.weight")
+        return self._stored_name(f"{module}.weight")
 
-    def _stages(self, kept: Mapping[str, str]) -> list[Stage]:
+    def _stages(self) -> list[Stage]:
         linears = [
             name
             for name, module in self._layer.named_modules()
-            if isinstance(module, nn.Linear) and self._weight_name(name) not in kept
+            if isinstance(module, nn.Linear) and self._weight_name(name) not in self._kept
         ]
         if not linears:
             return []
@@ -318,41 +315,70 @@ class LayerRun:
         for group, x in inputs.items():
             yield group, x, full_inputs[group]
 
-    def _ternarize_group(
+    def _round_group(
         self,
         group: Group,
         statistics: InputStatistics,
         method: Method,
         outputs: Mapping[str, OutputStatistics],
-        available: Collection[str],
-    ) -> Iterator[tuple[str, TernaryWeight, TernarizationReport]]:
-        modules = [self._layer.get_submodule(module) for module in group.modules]
-        names = [self._weight_name(module) for module in group.modules]
-        weights = [module.get_parameter("weight").float() for module in modules]
-        method = method_for(names[0], method, available)
-        if not method.stack_shared_inputs or len(weights) == 1:
-            for name, weight in zip(names, weights, strict=True):
-                with _named(name):
-                    of_rows = self._placed(outputs.get(name))
-                    yield name, *ternarize(weight, statistics, method, of_rows)
-            return
+        done: Layer,
+    ) -> Iterator[tuple[str, Tensor, TernarizationReport]]:
+        """`_round` for each part of a group."""
+        available = self._skeleton.checkpoint.tensors.keys() - self._kept.keys()
+
+        def alone(module: str) -> bool:
+            return not method.stack_shared_inputs or self._weight_name(module) in self._grids
+
+        for modules in rounded_together(group.modules, alone):
+            method_here = method_for(self._weight_name(modules[0]), method, available)
+            yield from self._round(modules, statistics, method_here, outputs, done)
+
+    def _round(
+        self,
+        modules: Sequence[str],
+        statistics: InputStatistics,
+        method: Method,
+        outputs: Mapping[str, OutputStatistics],
+        done: Layer,
+    ) -> Iterator[tuple[str, Tensor, TernarizationReport]]:
+        """Round the matrices of some modules as one, and put them into `done`.
+
+        Gives of each its checkpoint name, its values (n, m), and a report.
+        """
+        names = [self._weight_name(module) for module in modules]
+        weights = [self._layer.get_submodule(m).get_parameter("weight").float() for m in modules]
+        rows = [len(weight) for weight in weights]
+        stacked = torch.cat(weights)
         key = group_key(names)
         with _named(key):
             of_rows = self._placed(outputs.get(key))
-            stacked, report = ternarize(torch.cat(weights), statistics, method, of_rows)
-        rows = [len(weight) for weight in weights]
+            if key in self._grids:
+                grid = self._grids[key]
+                stock, report = round_to_stock(stacked, statistics, method, of_rows, grid)
+                done.stock[key] = stock
+                yield key, grid.values(stock.packed), report
+                return
+            for grid in self._stock.alternatives:
+                if stacked.shape[1] % CHUNK:
+                    continue
+                stock, _ = round_to_stock(stacked, statistics, method, of_rows, grid)
+                for name, packed in zip(names, stock.packed.split(rows), strict=True):
+                    alternatives = done.alternatives.setdefault(name, {})
+                    alternatives[grid.name] = StockWeight(grid.name, packed)
+            ternary, report = ternarize(stacked, statistics, method, of_rows)
         H = statistics.hessian
         for name, original, alpha, mu, digits in zip(
             names,
             weights,
-            stacked.alpha.split(rows),
-            stacked.mu.split(rows),
-            stacked.digits.split(rows),
+            ternary.alpha.split(rows),
+            ternary.mu.split(rows),
+            ternary.digits.split(rows),
             strict=True,
         ):
-            ternary = TernaryWeight(alpha, mu, digits, stacked.perm)
-            error = relative_error(original, ternary, H)
-            yield name, ternary, dataclasses.replace(report, relative_error=error)
+            done.weights[name] = TernaryWeight(alpha, mu, digits, ternary.perm)
+            values = done.weights[name].dequantize()
+            error = relative_error(original, values, H)
+            yield name, values, dataclasses.replace(report, relative_error=error)
 
     def _placed(self, outputs: OutputStatistics | None) -> OutputStatistics | None:
         return outputs and OutputStatistics([part.to(self._device) for part in outputs.parts])

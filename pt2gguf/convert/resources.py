@@ -69,6 +69,7 @@ def estimate(
     layer: LayerSize,
     body_parameters: int,
     ternary: Sequence[tuple[int, int]],
+    stock_bytes: int,
     samples: int,
     length: int,
     further_tokens: int,
@@ -80,7 +81,8 @@ def estimate(
     """An estimate from above.
 
     body_parameters: those outside of decoder layers, without the head; ternary: the shapes
-    (n, m) of all matrices to ternarize; further_tokens: that only the full-precision model reads;
+    (n, m) of all matrices to ternarize; stock_bytes: of all that is rounded to stock types,
+    alternatives included; further_tokens: that only the full-precision model reads;
     batch: samples in a forward pass; full_precision: whether the full-precision model runs beside
     the ternary one.
     """
@@ -95,7 +97,7 @@ def estimate(
     statistics = layer.statistics + layer.outputs
     compute = copies * layer.parameters * FLOAT32 + statistics + max(forward, work)
     # Two bits a weight, alpha and mu for 128 of them, the permutation, and the description.
-    disk = sum(n * m // 4 + n * m // 32 + 4 * m + DESCRIPTION for n, m in ternary)
+    disk = sum(n * m // 4 + n * m // 32 + 4 * m + DESCRIPTION for n, m in ternary) + stock_bytes
     if on_gpu:
         # Weights pass through the host one by one, as if all of a layer were one.
         host = CUDA_LIBRARIES + hidden + max(body, layer.parameters * READING, layer.outputs)

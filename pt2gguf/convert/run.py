@@ -17,7 +17,6 @@ from pt2gguf.convert.gradients import TOKENS_PER_HEAD
 from pt2gguf.convert.groups import (
     STATISTICS_BYTES,
     Keep,
-    Stored,
     routers,
     select_linears,
     statistics_bytes,
@@ -43,6 +42,7 @@ from pt2gguf.convert.resources import (
     room_for_hidden_states,
 )
 from pt2gguf.convert.settings import make_settings
+from pt2gguf.convert.stock import StockTypes, stock_size
 from pt2gguf.convert.tuning import step_size, tune_grids
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.convert.writing import write_text, written_length
@@ -53,14 +53,17 @@ from pt2gguf.ternary import Method, output_bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """Which matrices of the decoder layers become ternary.
+    """What becomes of the matrices of the decoder layers, by checkpoint name.
 
-    ternary: shape (n, m) by checkpoint name; kept: the reason by checkpoint name; layer: the size
-    of the largest layer.
+    ternary, stock: shapes (n, m) of those to ternarize and to round to a stock type with
+    compensation; stock_bytes: of the latter, and of alternatives to the ternary ones; reasons: why
+    others than `ternary` are not; layer: the size of the largest layer.
     """
 
     ternary: Mapping[str, tuple[int, int]]
-    kept: Mapping[str, str]
+    stock: Mapping[str, tuple[int, int]]
+    stock_bytes: int
+    reasons: Mapping[str, str]
     layer: LayerSize
 
 
@@ -71,7 +74,7 @@ def ternarize_checkpoint(
     work_dir: str | Path,
     *,
     keep: Keep = lambda name: None,
-    stored: Stored = lambda name, weight: weight,
+    stock: StockTypes | None = None,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     force: bool = False,
@@ -79,7 +82,7 @@ def ternarize_checkpoint(
 ) -> WorkDirectory:
     """Ternarize the decoder layers of `checkpoint` into `work_dir`, or finish what was begun there.
 
-    keep: matrices that are to stay in a stock type; stored: the values they will have there;
+    keep: matrices that are to stay in a stock type; stock: these types, as they are if None;
     threads: of PyTorch, as it is now if None; force: discard what `work_dir` holds if it was begun
     with other settings.
 
@@ -88,9 +91,10 @@ def ternarize_checkpoint(
     device = usable_device(device)
     threads = threads or torch.get_num_threads()
     reporter = reporter or SilentReporter()
+    stock = stock or StockTypes()
     skeleton = Skeleton(checkpoint)
-    plan = make_plan(skeleton, keep)
-    for note in describe_kept(plan.kept):
+    plan = make_plan(skeleton, keep, stock)
+    for note in describe_reasons(plan.reasons):
         reporter.note(note)
     require_readable_ids(skeleton, calibration)
     settings = make_settings(
@@ -98,7 +102,9 @@ def ternarize_checkpoint(
         layers=len(skeleton),
         method=method,
         calibration=calibration,
-        kept=plan.kept,
+        kept={name: why for name, why in plan.reasons.items() if name not in plan.stock},
+        stock={name: grid.name for name, grid in stock.grids(plan.stock).items()},
+        alternatives=[grid.name for grid in stock.alternatives],
         device=device,
         threads=threads,
     )
@@ -119,7 +125,7 @@ def ternarize_checkpoint(
                     collect_outputs(skeleton, texts, method, work, device, reporter)
                 room = room_for_hidden_states(needs, device)
                 full_precision = ternarize_layers(
-                    skeleton, texts, further, method, work, stored, device, room, reporter
+                    skeleton, texts, further, method, work, stock, device, room, reporter
                 )
                 if work.tunes:
                     all_kept = tuning_needs(
@@ -131,7 +137,7 @@ def ternarize_checkpoint(
                         full_precision,
                         method,
                         work,
-                        stored,
+                        stock,
                         device,
                         reporter,
                         recompute=not fits_easily(all_kept, device),
@@ -173,20 +179,28 @@ def split_texts(ids: Tensor, written: Tensor) -> tuple[list[Tensor], list[Tensor
     return [t for t in texts if len(t)], [t for t in further if len(t)]
 
 
-def make_plan(skeleton: Skeleton, keep: Keep) -> Plan:
+def make_plan(skeleton: Skeleton, keep: Keep, stock: StockTypes | None = None) -> Plan:
     """Raises Pt2Error if nothing would be ternary."""
+    stock = stock or StockTypes()
     ternary: dict[str, tuple[int, int]] = {}
-    kept: dict[str, str] = {}
+    in_stock_types: dict[str, tuple[int, int]] = {}
+    reasons: dict[str, str] = {}
     sizes: list[LayerSize] = []
     for index, layer in enumerate(skeleton.layers):
         stored_name = partial(skeleton.stored_name, index)
-        linears, kept_here = select_linears(layer, skeleton.config, stored_name, keep)
-        kept |= kept_here
+        selected = select_linears(layer, skeleton.config, stored_name, keep)
+        reasons |= selected.reasons
         shapes = {}
-        for linear in linears:
+        for linear in [*selected.ternary, *selected.asked_for]:
+            name = stored_name(f"{linear}.weight")
             rows, columns = layer.get_submodule(linear).get_parameter("weight").shape
+            if linear in selected.ternary:
+                ternary[name] = (rows, columns)
+            elif stock.grid(name) is not None:
+                in_stock_types[name] = (rows, columns)
+            else:
+                continue
             shapes[linear] = (rows, columns)
-        ternary |= {stored_name(f"{linear}.weight"): shape for linear, shape in shapes.items()}
         sizes.append(
             _layer_size(
                 sum(p.numel() for p in layer.parameters()),
@@ -195,9 +209,9 @@ def make_plan(skeleton: Skeleton, keep: Keep) -> Plan:
             )
         )
     if not ternary:
-        reasons = "; ".join(describe_kept(kept)) or "its decoder layers hold no matrices"
+        why = "; ".join(describe_reasons(reasons)) or "its decoder layers hold no matrices"
         raise Pt2Error(
-            f"nothing in {skeleton.checkpoint.path} can be ternarized: {reasons}; choose another "
+            f"nothing in {skeleton.checkpoint.path} can be ternarized: {why}; choose another "
             "model or ask for fewer stock types"
         )
     largest = LayerSize(
@@ -206,7 +220,12 @@ def make_plan(skeleton: Skeleton, keep: Keep) -> Plan:
         max(size.statistics for size in sizes),
         max(size.outputs for size in sizes),
     )
-    return Plan(ternary, kept, largest)
+    stock_bytes = sum(
+        stock_size(shape, grid) for shape in ternary.values() for grid in stock.alternatives
+    ) + sum(
+        stock_size(in_stock_types[name], grid) for name, grid in stock.grids(in_stock_types).items()
+    )
+    return Plan(ternary, in_stock_types, stock_bytes, reasons, largest)
 
 
 def conversion_needs(
@@ -226,6 +245,7 @@ def conversion_needs(
         layer=layer,
         body_parameters=skeleton.body_parameters(),
         ternary=shapes,
+        stock_bytes=plan.stock_bytes,
         samples=samples,
         length=length,
         further_tokens=written if method.tuning_epochs else 0,
@@ -284,9 +304,9 @@ def _other_parameters(skeleton: Skeleton, plan: Plan) -> int:
     return sum(t.elements for name, t in tensors.items() if name not in plan.ternary)
 
 
-def describe_kept(kept: Mapping[str, str]) -> list[str]:
+def describe_reasons(reasons: Mapping[str, str]) -> list[str]:
     """One sentence for each kind of matrix that is not ternary; layers and experts folded."""
-    kinds = Counter((re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in kept.items())
+    kinds = Counter((re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in reasons.items())
     return [
         f"{name} ({count} of them) stays in a stock type: {reason}"
         for (name, reason), count in kinds.items()

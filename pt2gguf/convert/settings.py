@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ class Settings:
     """What must be equal for two conversions to give the same bytes.
 
     model: the checkpoint's fingerprint; layers: its decoder layers; method: every switch;
-    calibration: the provenance of the ids; kept: the matrices that stay in a stock type, and why;
-    tool, torch, transformers: versions; device, threads: where it was computed, as sums depend on
-    it.
+    calibration: the provenance of the ids; kept: the matrices that are neither ternary nor rounded
+    to a stock type with compensation, and why; stock: those that are, and to which type;
+    alternatives: types that ternary ones are rounded to as well; tool, torch, transformers:
+    versions; device, threads: where it was computed, as sums depend on it.
     """
 
     model: str
@@ -32,6 +33,8 @@ class Settings:
     method: Mapping[str, Any]
     calibration: Mapping[str, Any]
     kept: Mapping[str, str]
+    stock: Mapping[str, str]
+    alternatives: Sequence[str]
     device: str
     threads: int
     tool: str = __version__
@@ -57,6 +60,8 @@ def make_settings(
     method: Method,
     calibration: Calibration,
     kept: Mapping[str, str],
+    stock: Mapping[str, str],
+    alternatives: Sequence[str],
     device: torch.device,
     threads: int,
 ) -> Settings:
@@ -69,6 +74,8 @@ def make_settings(
             method=dataclasses.asdict(method),
             calibration=calibration.provenance,
             kept=kept,
+            stock=stock,
+            alternatives=list(alternatives),
             device=describe_device(device),
             threads=threads,
         ).to_json()

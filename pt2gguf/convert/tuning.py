@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.gradients import TOKENS_PER_HEAD
-from pt2gguf.convert.groups import Stored, round_kept
 from pt2gguf.convert.machine import RepeatableAttention, computes_bfloat16
 from pt2gguf.convert.progress import Reporter
+from pt2gguf.convert.stock import StockTypes, replace_weights, round_kept
 from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, unpack_digits
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
@@ -41,7 +41,7 @@ def tune_grids(
     full_precision: Sequence[Tensor],
     method: Method,
     work: WorkDirectory,
-    stored: Stored,
+    stock: StockTypes,
     device: torch.device,
     reporter: Reporter,
     *,
@@ -56,7 +56,7 @@ def tune_grids(
     """
     embedded = [skeleton.embed(ids, step_size(ids.shape[1])) for ids in texts]
     calls = [of_text for _, of_text in embedded]
-    model = _TernaryModel(skeleton, calls, work, stored, device, recompute)
+    model = _TernaryModel(skeleton, calls, work, stock, device, recompute)
     optimizer = torch.optim.Adam(model.parameters(), betas=BETAS)
     batches = [batch for epoch in range(method.tuning_epochs) for batch in _shuffled(texts, epoch)]
     begin = _restore(model, optimizer, work)
@@ -116,7 +116,7 @@ class _TernaryModel(nn.Module):
         skeleton: Skeleton,
         calls: Sequence[Mapping[int, Sequence[LayerCall]]],
         work: WorkDirectory,
-        stored: Stored,
+        stock: StockTypes,
         device: torch.device,
         recompute: bool,
     ) -> None:
@@ -132,7 +132,7 @@ class _TernaryModel(nn.Module):
                     for of_text in calls
                 ],
                 work,
-                stored,
+                stock,
                 device,
             )
             for index in range(len(skeleton))
@@ -195,18 +195,20 @@ class _TernaryLayer(nn.Module):
         index: int,
         calls: Sequence[Mapping[int, LayerCall]],
         work: WorkDirectory,
-        stored: Stored,
+        stock: StockTypes,
         device: torch.device,
     ) -> None:
         super().__init__()
-        weights = work.load_packed(index)
+        weights, in_stock_types = work.load_packed(index)
         layer = skeleton.load_layer(index, device, without=weights.keys())
         # In lists, which nn.Module does not look into: only the grids are parameters.
         self._layer = [layer]
         self._calls = calls
         self._names: list[tuple[str, str]] = []
         self._grids = nn.ModuleList()
-        round_kept(layer, partial(skeleton.stored_name, index), work.kept, stored)
+        stored_name = partial(skeleton.stored_name, index)
+        round_kept(layer, stored_name, work.kept, stock)
+        replace_weights(layer, stored_name, stock.rounded(in_stock_types))
         for module_name, module in layer.named_modules():
             name = skeleton.stored_name(index, f"{module_name}.weight")
             if isinstance(module, nn.Linear) and name in weights:

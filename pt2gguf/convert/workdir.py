@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.settings import Settings, differences
 from pt2gguf.errors import Pt2Error
-from pt2gguf.ternary import OutputStatistics, TernaryWeight
+from pt2gguf.ternary import OutputStatistics, StockWeight, TernaryWeight
 
 SETTINGS = "settings.json"
 LOCK = "lock"
@@ -49,10 +49,16 @@ Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A finished decoder layer: weights by checkpoint name, and a JSON-like report for each."""
+    """A finished decoder layer, by checkpoint name.
 
-    weights: dict[str, TernaryWeight]
-    reports: dict[str, dict[str, Any]]
+    weights: the ternary ones; stock: those that were rounded to a stock type; alternatives: for
+    ternary ones, by type, what they would be there; reports: a JSON-like one for each rounding.
+    """
+
+    weights: dict[str, TernaryWeight] = field(default_factory=dict)
+    stock: dict[str, StockWeight] = field(default_factory=dict)
+    alternatives: dict[str, dict[str, StockWeight]] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ class WorkDirectory:
     Holds settings.json and layer-0000.safetensors and so on. In these, a weight of checkpoint name
     NAME and shape (n, m) is NAME#alpha and NAME#mu, (n, m / 128) float16; NAME#digits, (n, m / 4)
     uint8, where bits 2k and 2k+1 of byte j of each 32 are the digit + 1 of column 32 k + j of the
-    block (the layout of TQ2_1); and NAME#perm, (m,) int32, unless it is the identity.
+    block (the layout of TQ2_1); and NAME#perm, (m,) int32, unless it is the identity. NAME#q4_k,
+    (n, bytes of a row) uint8, are its rows in a stock type.
 
     outputs-0000.safetensors and so on hold, until that layer is ternary, the second moments of the
     gradients at its outputs: KEY#0 and so on, (r, r) float32, for the parts of the outputs of the
@@ -160,8 +167,14 @@ class WorkDirectory:
 
     @property
     def kept(self) -> Mapping[str, str]:
-        """Matrices in decoder layers that are not ternary: checkpoint name -> the reason."""
+        """Matrices in decoder layers that are stored as they are, or rounded when the file is
+        written: checkpoint name -> the reason."""
         return self.settings.kept
+
+    @property
+    def stock(self) -> Mapping[str, str]:
+        """Those that are rounded to a stock type with compensation: checkpoint name -> the type."""
+        return self.settings.stock
 
     @property
     def tunes(self) -> bool:
@@ -188,13 +201,20 @@ class WorkDirectory:
 
         Raises Pt2Error if a layer is not finished.
         """
+        return self._layer_numbers("order")
+
+    def stock_layer_numbers(self) -> dict[str, int]:
+        """As `layer_numbers`, for the weights that were rounded to a stock type."""
+        return self._layer_numbers("stock")
+
+    def _layer_numbers(self, kind: str) -> dict[str, int]:
         numbers: dict[str, int] = {}
         for index in range(self.settings.layers):
             try:
                 with self._file(index).open("rb") as file:
                     prefix = file.read(8)
                     header = prefix + file.read(int.from_bytes(prefix, "little"))
-                numbers |= dict.fromkeys(json.loads(_description(header)[1])["order"], index)
+                numbers |= dict.fromkeys(json.loads(_description(header)[1])[kind], index)
             except (OSError, *MALFORMED):
                 raise self._missing(self._file(index)) from None
         return numbers
@@ -207,19 +227,38 @@ class WorkDirectory:
             tensors[f"{name}#digits"] = pack_digits(weight.digits).cpu()
             if weight.perm is not None:
                 tensors[f"{name}#perm"] = weight.perm.cpu().to(torch.int32)
-        content = {"layer": index, "reports": layer.reports, "order": list(layer.weights)}
+        for name, stock in layer.stock.items():
+            tensors[f"{name}#{stock.kind}"] = stock.packed
+        for name, alternatives in layer.alternatives.items():
+            tensors |= {f"{name}#{kind}": stock.packed for kind, stock in alternatives.items()}
+        content = {
+            "layer": index,
+            "reports": layer.reports,
+            "order": list(layer.weights),
+            "stock": {name: stock.kind for name, stock in layer.stock.items()},
+            "alternatives": {name: list(of_name) for name, of_name in layer.alternatives.items()},
+        }
         _save(self._file(index), content, tensors)
 
     def load_layer(self, index: int) -> Layer:
         """Layer `index` as it was ternarized. Raises Pt2Error if it is not there or damaged."""
         content, tensors = self._layer(index)
-        weights = {name: _packed(tensors, name).unpack() for name in content["order"]}
-        return Layer(weights, content["reports"])
+        return Layer(
+            {name: _packed(tensors, name).unpack() for name in content["order"]},
+            {name: _stock(tensors, name, kind) for name, kind in content["stock"].items()},
+            {
+                name: {kind: _stock(tensors, name, kind) for kind in kinds}
+                for name, kinds in content["alternatives"].items()
+            },
+            content["reports"],
+        )
 
-    def load_packed(self, index: int) -> dict[str, PackedWeight]:
-        """The weights of `load_layer`, not unpacked."""
+    def load_packed(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, StockWeight]]:
+        """The ternary weights of `load_layer`, not unpacked, and those in stock types."""
         content, tensors = self._layer(index)
-        return {name: _packed(tensors, name) for name in content["order"]}
+        ternary = {name: _packed(tensors, name) for name in content["order"]}
+        stock = {name: _stock(tensors, name, kind) for name, kind in content["stock"].items()}
+        return ternary, stock
 
     def save_tuned(self, index: int, grids: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Store the tuned alpha and mu of layer `index`."""
@@ -228,22 +267,27 @@ class WorkDirectory:
             tensors |= _grid(name, alpha, mu)
         _save(self._tuned_file(index), {"layer": index}, tensors)
 
-    def final_weights(self, index: int) -> dict[str, TernaryWeight]:
-        """The weights of layer `index` as they go into the file, by checkpoint name.
+    def final_layer(self, index: int) -> Layer:
+        """Layer `index` as it goes into the file.
 
-        Raises Pt2Error if they are not there or damaged.
+        Raises Pt2Error if it is not there or damaged.
         """
-        weights = self.load_layer(index).weights
+        layer = self.load_layer(index)
         if not self.tunes:
-            return weights
+            return layer
         found = self._read_layer(self._tuned_file(index), index)
         if found is None:
             raise self._missing(self._tuned_file(index))
         _, tuned = found
-        return {
+        weights = {
             name: replace(weight, alpha=tuned[f"{name}#alpha"], mu=tuned[f"{name}#mu"])
-            for name, weight in weights.items()
+            for name, weight in layer.weights.items()
         }
+        return replace(layer, weights=weights)
+
+    def final_weights(self, index: int) -> dict[str, TernaryWeight]:
+        """The ternary weights of `final_layer`."""
+        return self.final_layer(index).weights
 
     def save_outputs(self, index: int, statistics: Mapping[str, OutputStatistics]) -> None:
         """Store those of layer `index`, by `group_key`."""
@@ -342,6 +386,10 @@ def _packed(tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
         digits=tensors[f"{name}#digits"],
         perm=None if perm is None else perm.long(),
     )
+
+
+def _stock(tensors: Mapping[str, Tensor], name: str, kind: str) -> StockWeight:
+    return StockWeight(kind, tensors[f"{name}#{kind}"])
 
 
 def _description(raw: bytes) -> list[str]:

@@ -12,38 +12,44 @@ from dataclasses import replace
 from torch import Tensor
 
 from pt2gguf.model.mlp import producers
-from pt2gguf.ternary import TernaryWeight
+from pt2gguf.ternary import StockWeight, TernaryWeight
+
+Weights = Mapping[str, TernaryWeight | StockWeight]
 
 
 def fold_orders(
-    weights: Mapping[str, TernaryWeight], biases: Collection[str]
-) -> dict[str, TernaryWeight]:
+    weights: Weights, biases: Collection[str]
+) -> dict[str, TernaryWeight | StockWeight]:
     """A layer's weights with every down projection's order moved into its producers' rows."""
     folded = dict(weights)
-    for name, order, pair in _foldable(weights, biases):
-        folded[name] = replace(weights[name], perm=None)
+    for name, weight, order, pair in _foldable(weights, biases):
+        folded[name] = replace(weight, perm=None)
         for producer in pair:
             folded[producer] = _reorder_rows(folded[producer], order)
     return folded
 
 
-def reordered(weights: Mapping[str, TernaryWeight], biases: Collection[str]) -> set[str]:
+def reordered(weights: Weights, biases: Collection[str]) -> set[str]:
     """The names of those weights whose rows or columns :func:`fold_orders` moves for good."""
-    return {moved for name, _, pair in _foldable(weights, biases) for moved in (name, *pair)}
+    return {moved for name, _, _, pair in _foldable(weights, biases) for moved in (name, *pair)}
 
 
 def _foldable(
-    weights: Mapping[str, TernaryWeight], biases: Collection[str]
-) -> Iterator[tuple[str, Tensor, tuple[str, str]]]:
-    """Down projections whose order can be folded, it, and the weights that produce their inputs."""
+    weights: Weights, biases: Collection[str]
+) -> Iterator[tuple[str, TernaryWeight, Tensor, tuple[str, str]]]:
+    """Down projections whose order can be folded: name, weight, order, and the producers' names."""
     available = {*weights, *biases}
     for name, weight in weights.items():
         pair = producers(name, available)
-        if weight.perm is not None and pair is not None:
-            yield name, weight.perm, pair
+        if isinstance(weight, TernaryWeight) and weight.perm is not None and pair is not None:
+            yield name, weight, weight.perm, pair
 
 
-def _reorder_rows(weight: TernaryWeight, order: Tensor) -> TernaryWeight:
+def _reorder_rows(
+    weight: TernaryWeight | StockWeight, order: Tensor
+) -> TernaryWeight | StockWeight:
+    if isinstance(weight, StockWeight):
+        return replace(weight, packed=weight.packed[order])
     return replace(
         weight, alpha=weight.alpha[order], mu=weight.mu[order], digits=weight.digits[order]
     )

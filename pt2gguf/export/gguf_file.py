@@ -1,4 +1,4 @@
-"""Writing the GGUF file: llama.cpp's converter, with ternary weights in place of some tensors."""
+"""Writing the GGUF file: llama.cpp's converter, with rounded weights in place of some tensors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from pt2gguf.export.llama_cpp import LlamaCpp
 from pt2gguf.export.output import complete_file
 from pt2gguf.export.rows import RowSource, numbered_elements, read_rows
 from pt2gguf.export.stock_types import fitting_type
-from pt2gguf.ternary import TernaryWeight
+from pt2gguf.ternary import StockWeight, TernaryWeight
 
 FORMAT_VERSION = 1
 """pt2.version; ``PT2_VERSION`` in ggml-pt2.h."""
 
 
-class TernarySource(Protocol):
-    """The ternary weights of a model, read when they are needed."""
+class WeightSource(Protocol):
+    """The weights of a model that were rounded for the file, read when they are needed."""
 
     def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """The shape (n, m) of every ternary weight, by checkpoint name."""
+        """The shape (n, m) of every such weight, by checkpoint name."""
 
-    def weight(self, name: str) -> TernaryWeight:
+    def stock_type(self, name: str) -> str | None:
+        """The type of one of them; None for ternary ones."""
+
+    def weight(self, name: str) -> TernaryWeight | StockWeight:
         """One of them, with its rows and columns in the order they are to be stored in."""
 
     def is_reordered(self, name: str) -> bool:
@@ -44,8 +47,8 @@ class ExportOptions:
     """How a file is written.
 
     block_type: of the ternary tensors; output_type, embedding_type: stock types of these two;
-    metadata: the pt2.* keys that say how it was made. Other matrices are F16 unless the converter
-    or `tensor_type` wants otherwise.
+    metadata: the pt2.* keys that say how it was made. Matrices that were not rounded are F16 unless
+    the converter or `tensor_type` wants otherwise.
     """
 
     block_type: BlockType
@@ -59,37 +62,36 @@ class ExportOptions:
 def write_gguf(
     checkpoint: Path,
     output: Path,
-    source: TernarySource,
+    source: WeightSource,
     options: ExportOptions,
     llama_cpp: LlamaCpp,
 ) -> None:
-    """Converts `checkpoint` to `output` with the weights of `source` as ternary tensors.
+    """Converts `checkpoint` to `output` with the weights of `source` in place of its own.
 
     The file appears under its name only when it is complete; an existing one is replaced.
 
     Raises:
-        Pt2Error: the architecture is unknown to the converter, or does to a ternary weight what
-            alpha, mu and T cannot follow, or the file cannot be written.
+        Pt2Error: the architecture is unknown to the converter, or does to a rounded weight more
+            than moving its rows, or the file cannot be written.
     """
-    converter_class = _with_ternary_weights(
+    converter_class = _with_rounded_weights(
         llama_cpp.model_class(checkpoint), source, options, llama_cpp.gguf
     )
     with complete_file(output) as part, torch.inference_mode():
         converter_class(checkpoint, llama_cpp.gguf.LlamaFileType.MOSTLY_F16, part).write()
 
 
-def _with_ternary_weights(
-    base: type[Any], source: TernarySource, options: ExportOptions, gguf: Any
+def _with_rounded_weights(
+    base: type[Any], source: WeightSource, options: ExportOptions, gguf: Any
 ) -> type[Any]:
-    """A subclass of the converter's class for an architecture that knows the ternary weights."""
+    """A subclass of the converter's class for an architecture that knows the rounded weights."""
     shapes = source.shapes()
     names = list(shapes)
     shapes_by_number = {number: shapes[name] for number, name in enumerate(names)}
     number_of = {name: number for number, name in enumerate(names)}
     block_type = options.block_type
-    qtype = gguf.GGMLQuantizationType[block_type.name.upper()]
 
-    class TernaryModel(base):  # type: ignore[misc]
+    class RoundedModel(base):  # type: ignore[misc]
         model_arch = base.model_arch  # the converter wants it on every class
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -100,17 +102,17 @@ def _with_ternary_weights(
             written: set[str] = set()
             for name, tensor in super().get_tensors():
                 if name in number_of:
-                    written.update(self._add_ternary(name))
+                    written.update(self._add_rounded(name))
                 else:
                     yield name, tensor
             missing = number_of.keys() - written
             if missing:
                 raise Pt2Error(
-                    f"llama.cpp's converter leaves out {len(missing)} of the ternary weights, such "
-                    f"as {min(missing)}: keep them in a stock type with --tensor-type"
+                    f"llama.cpp's converter leaves out {len(missing)} of the rounded weights, such "
+                    f"as {min(missing)}: keep them in F16 with --tensor-type"
                 )
 
-        def _add_ternary(self, name: str) -> set[str]:
+        def _add_rounded(self, name: str) -> set[str]:
             """Sends the weight through the converter; returns those that arrived in tensors."""
             arrived_names: set[str] = set()
             number = number_of[name]
@@ -118,26 +120,27 @@ def _with_ternary_weights(
             numbered = numbered_elements(number, shapes[name])
             for new_name, arrived in self.modify_tensors(numbered, name, block_index):
                 rows = read_rows(new_name, arrived, shapes_by_number)
-                self._add_blocks(new_name, rows)
-                self._add_perm(new_name, rows)
                 origins = [names[n] for n in _numbers(rows)]
+                self._add_rows(new_name, rows, _common_type(new_name, source, origins))
+                self._add_perm(new_name, origins)
                 if any(map(source.is_reordered, origins)):
                     self._reordered.append(new_name)
                 arrived_names.update(origins)
             return arrived_names
 
-        def _add_blocks(self, new_name: str, rows: RowSource) -> None:
-            columns = rows.shape[-1] // BLOCK_SIZE * block_type.block_bytes
-            meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(
-                np.uint8, (*rows.shape[:-1], columns)
-            )
+        def _add_rows(self, new_name: str, rows: RowSource, stock_type: str | None) -> None:
+            qtype = gguf.GGMLQuantizationType[(stock_type or block_type.name).upper()]
+            block, size = gguf.GGML_QUANT_SIZES[qtype]
+            shape = (*rows.shape[:-1], rows.shape[-1] // block * size)
             packed = gguf.LazyNumpyTensor(
-                meta=meta, args=(), func=partial(_pack_rows, source, names, rows, block_type)
+                meta=gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.uint8, shape),
+                args=(),
+                func=partial(_pack_rows, source, names, rows, block_type, shape),
             )
             self.gguf_writer.add_tensor(new_name, packed, raw_dtype=qtype)
 
-        def _add_perm(self, new_name: str, rows: RowSource) -> None:
-            perm = _common_perm(new_name, [source.weight(names[n]) for n in _numbers(rows)])
+        def _add_perm(self, new_name: str, origins: list[str]) -> None:
+            perm = _common_perm(new_name, [source.weight(name) for name in origins])
             if perm is not None:
                 perm_name = new_name.removesuffix(".weight") + ".perm"
                 self.gguf_writer.add_tensor(perm_name, perm.numpy().astype(np.int32))
@@ -178,7 +181,7 @@ def _with_ternary_weights(
             for key, value in options.metadata.items():
                 _add_value(self.gguf_writer, f"pt2.{key}", value)
 
-    return TernaryModel
+    return RoundedModel
 
 
 def _numbers(rows: RowSource) -> list[int]:
@@ -186,24 +189,45 @@ def _numbers(rows: RowSource) -> list[int]:
 
 
 def _pack_rows(
-    source: TernarySource, names: list[str], rows: RowSource, block_type: BlockType
+    source: WeightSource,
+    names: list[str],
+    rows: RowSource,
+    block_type: BlockType,
+    shape: tuple[int, ...],
 ) -> NDArray[np.uint8]:
-    """The bytes of one GGUF tensor, its rows gathered from the source weights."""
-    row_bytes = rows.shape[-1] // BLOCK_SIZE * block_type.block_bytes
-    packed = np.empty((len(rows.row), row_bytes), dtype=np.uint8)
+    """The bytes of one GGUF tensor in this shape, its rows gathered from the source weights."""
+    packed = np.empty((len(rows.row), shape[-1]), dtype=np.uint8)
     for number in _numbers(rows):
         weight = source.weight(names[number])
         arrived = (rows.weight == number).numpy()
         origin = rows.row[rows.weight == number]
-        packed[arrived] = block_type.pack(
-            weight.alpha[origin].numpy(), weight.mu[origin].numpy(), weight.digits[origin].numpy()
+        packed[arrived] = (
+            weight.packed[origin].numpy()
+            if isinstance(weight, StockWeight)
+            else block_type.pack(
+                weight.alpha[origin].numpy(),
+                weight.mu[origin].numpy(),
+                weight.digits[origin].numpy(),
+            )
         )
-    return packed.reshape(*rows.shape[:-1], row_bytes)
+    return packed.reshape(shape)
 
 
-def _common_perm(name: str, weights: Iterable[TernaryWeight]) -> Tensor | None:
+def _common_type(tensor: str, source: WeightSource, origins: Iterable[str]) -> str | None:
+    """The stock type of the weights that one GGUF tensor holds, which must be one."""
+    types = {source.stock_type(name) for name in origins}
+    if len(types) > 1:
+        found = ", ".join(sorted(kind or "ternary" for kind in types))
+        raise Pt2Error(
+            f"the parts of tensor {tensor} are to be of different types ({found}), and a file has "
+            f"one for each tensor: give all of them the same --tensor-type"
+        )
+    return types.pop()
+
+
+def _common_perm(name: str, weights: Iterable[TernaryWeight | StockWeight]) -> Tensor | None:
     """The column order of the weights that one GGUF tensor holds, which must be one."""
-    perms = [weight.perm for weight in weights]
+    perms = [None if isinstance(weight, StockWeight) else weight.perm for weight in weights]
     first = perms[0]
     for perm in perms[1:]:
         if (perm is None) != (first is None) or (

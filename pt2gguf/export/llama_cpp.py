@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from pt2gguf.errors import Pt2Error
-from pt2gguf.export.stock_types import teach_gguf_py
+from pt2gguf.export.stock_types import Ggml
 from pt2gguf.native.installation import Installation
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The converter's modules.
+    """The converter's modules, and ggml's library.
 
     They are the source tree's: the released gguf package knows fewer types. gguf quantizes to all
     stock types.
@@ -28,6 +28,7 @@ class LlamaCpp:
 
     conversion: ModuleType
     gguf: ModuleType
+    ggml: Ggml
 
     def model_class(self, checkpoint: Path) -> type[Any]:
         """The converter's class for the architecture; raises :class:`Pt2Error` if it has none."""
@@ -70,5 +71,6 @@ def import_llama_cpp(installation: Installation) -> LlamaCpp:
     gguf = importlib.import_module("gguf")
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     prefix = "" if sys.platform == "win32" else "lib"
-    teach_gguf_py(gguf, Path(installation.bin) / f"{prefix}ggml-base{suffix}")
-    return LlamaCpp(conversion=conversion, gguf=gguf)
+    ggml = Ggml(gguf, Path(installation.bin) / f"{prefix}ggml-base{suffix}")
+    ggml.teach_gguf_py()
+    return LlamaCpp(conversion=conversion, gguf=gguf, ggml=ggml)

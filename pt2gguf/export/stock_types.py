@@ -6,7 +6,7 @@ gguf-py quantizes to some types only; the C library of the same build does the o
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -43,41 +43,69 @@ def _qtype(name: str, gguf: ModuleType) -> Any:
     return gguf.GGMLQuantizationType[name.upper()]
 
 
-def teach_gguf_py(gguf: ModuleType, library: Path) -> None:
-    """Gives gguf-py's K-quants, which it can only dequantize, ggml's own quantization.
+class Ggml:
+    """ggml's own quantization, which gguf-py lacks for K-quants."""
 
-    Args:
-        gguf: the gguf package.
-        library: libggml-base of the same build, loaded when it is needed.
-    """
+    def __init__(self, gguf: ModuleType, library: Path) -> None:
+        """gguf: the gguf package; library: libggml-base of the same build."""
+        self._gguf = gguf
+        self._path = library
 
-    @lru_cache(maxsize=1)
-    def quantize_chunk() -> Any:
-        function = ctypes.CDLL(str(library)).ggml_quantize_chunk
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        return ctypes.CDLL(str(self._path))  # loaded when it is needed
+
+    def quantize(
+        self,
+        rows: NDArray[np.float32],
+        qtype: Any,
+        importance: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.uint8]:
+        """(n, bytes of a row), for rows (n, m), m a multiple of the type's block.
+
+        importance: (m,), how much the squared error of a column counts.
+        """
+        function = self._library.ggml_quantize_chunk
         function.restype = ctypes.c_size_t
-        function.argtypes = [
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-        ]
-        return function
-
-    def quantize_blocks(cls: Any, blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
-        # Blocks are quantized independently of each other: each is a row.
-        source = np.ascontiguousarray(blocks, dtype=np.float32)
-        packed = np.empty((len(source), cls.type_size), dtype=np.uint8)
-        rows, columns = source.shape
-        quantize_chunk()(cls.qtype, source.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
+        source = np.ascontiguousarray(rows, dtype=np.float32)
+        count, columns = source.shape
+        block, size = self._gguf.GGML_QUANT_SIZES[qtype]
+        packed = np.empty((count, columns // block * size), dtype=np.uint8)
+        function(
+            ctypes.c_int(qtype),
+            _address(source),
+            _address(packed),
+            ctypes.c_int64(0),
+            ctypes.c_int64(count),
+            ctypes.c_int64(columns),
+            None if importance is None else _address(np.ascontiguousarray(importance, np.float32)),
+        )
         return packed
 
-    for name in STOCK_TYPES:
-        if name.endswith("_k"):
-            quantizer = getattr(gguf.quants, name.upper())
-            quantizer.quantize_blocks = classmethod(quantize_blocks)
+    def dequantize(self, packed: NDArray[np.uint8], qtype: Any) -> NDArray[np.float32]:
+        """(n, m), for rows (n, bytes of a row) of one of the types of _k and _0."""
+        function = self._library[f"dequantize_row_{qtype.name.replace('Q', 'q', 1)}"]
+        function.restype = None
+        source = np.ascontiguousarray(packed)
+        block, size = self._gguf.GGML_QUANT_SIZES[qtype]
+        values = np.empty((len(source), source.shape[1] // size * block), dtype=np.float32)
+        function(_address(source), _address(values), ctypes.c_int64(values.size))
+        return values
+
+    def teach_gguf_py(self) -> None:
+        """Gives gguf-py's K-quants, which it can only dequantize, this quantization."""
+
+        def quantize_blocks(cls: Any, blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
+            return self.quantize(blocks, cls.qtype)
+
+        for name in STOCK_TYPES:
+            if name.endswith("_k"):
+                quantizer = getattr(self._gguf.quants, name.upper())
+                quantizer.quantize_blocks = classmethod(quantize_blocks)
+
+
+def _address(array: NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 def stored_values(weight: Tensor, name: str, gguf: ModuleType) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ternary weights of a work directory, ready to be written."""
+"""The weights of a work directory, ready to be written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 from pt2gguf.convert.workdir import WorkDirectory
 from pt2gguf.export.folding import fold_orders, reordered
 from pt2gguf.model.checkpoint import StoredTensor
-from pt2gguf.ternary import TernaryWeight
+from pt2gguf.ternary import StockWeight, TernaryWeight
 
 
 class WorkSource:
@@ -21,7 +21,8 @@ class WorkSource:
         """stored: all tensors of the checkpoint, to know shapes and which biases there are."""
         self._biases = {name for name in stored if name.endswith(".bias")}
         self._work = work
-        self._layer_of = work.layer_numbers()
+        self._stock_types = work.stock
+        self._layer_of = work.layer_numbers() | work.stock_layer_numbers()
         self._shapes: dict[str, tuple[int, int]] = {}
         for name in self._layer_of:
             rows, columns = stored[name].shape
@@ -31,7 +32,10 @@ class WorkSource:
     def shapes(self) -> dict[str, tuple[int, int]]:
         return self._shapes
 
-    def weight(self, name: str) -> TernaryWeight:
+    def stock_type(self, name: str) -> str | None:
+        return self._stock_types.get(name)
+
+    def weight(self, name: str) -> TernaryWeight | StockWeight:
         weights, _ = self._layer(self._layer_of[name])
         return weights[name]
 
@@ -39,6 +43,7 @@ class WorkSource:
         _, moved = self._layer(self._layer_of[name])
         return name in moved
 
-    def _read_layer(self, index: int) -> tuple[dict[str, TernaryWeight], set[str]]:
-        weights = self._work.final_weights(index)
+    def _read_layer(self, index: int) -> tuple[dict[str, TernaryWeight | StockWeight], set[str]]:
+        layer = self._work.final_layer(index)
+        weights: dict[str, TernaryWeight | StockWeight] = {**layer.weights, **layer.stock}
         return fold_orders(weights, self._biases), reordered(weights, self._biases)

@@ -8,19 +8,24 @@ from pt2gguf.ternary.statistics import (
     OutputStatistics,
     output_bytes,
 )
+from pt2gguf.ternary.stock import CHUNK, StockGrid, StockWeight, round_to_stock
 from pt2gguf.ternary.ternarize import TernarizationReport, relative_error, ternarize
 from pt2gguf.ternary.weight import TernaryWeight
 
 __all__ = [
+    "CHUNK",
     "METHODS",
     "InputStatistics",
     "Method",
     "NonFiniteInputs",
     "OutputStatistics",
+    "StockGrid",
+    "StockWeight",
     "TernarizationReport",
     "TernaryWeight",
     "output_bytes",
     "relative_error",
     "round_to_half",
+    "round_to_stock",
     "ternarize",
 ]

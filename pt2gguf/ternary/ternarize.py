@@ -80,18 +80,11 @@ def ternarize(
     size = method.block_size
     if columns % size:
         raise ValueError(f"{columns} columns are no multiple of the block size {size}")
-    original = weights.double()
-    bad = int((~torch.isfinite(original)).sum())
-    if bad:
-        raise Pt2Error(f"{bad} weights are NaN or infinite: repair the checkpoint")
-
+    original = finite_weights(weights)
     H = statistics.hessian
     P, damping = damped_inverse(H, method.damping)
-    cross = _cross(statistics, method)
-    if outputs is None:
-        steps = all_rows_at_once(rows, weights.device)
-    else:
-        steps = row_steps(outputs.matrices(), method.output_damping)
+    cross = full_precision_moments(statistics, method)
+    steps = steps_of_rows(outputs, rows, method, weights.device)
 
     wanted = original
     if cross is not None and method.gptaq_upfront:
@@ -130,7 +123,7 @@ def ternarize(
         perm=torch.cat(order) if method.ssr else None,
     )
     report = TernarizationReport(
-        relative_error=relative_error(original, weight, H),
+        relative_error=relative_error(original, weight.dequantize(H.dtype), H),
         damping=damping,
         blocks=len(blocks),
         itf_rounds=max(b.itf_rounds for b in blocks),
@@ -139,12 +132,31 @@ def ternarize(
     return weight, report
 
 
-def _cross(statistics: InputStatistics, method: Method) -> Tensor | None:
+def finite_weights(weights: Tensor) -> Tensor:
+    """The weights in float64. Raises Pt2Error if some are not finite."""
+    original = weights.double()
+    bad = int((~torch.isfinite(original)).sum())
+    if bad:
+        raise Pt2Error(f"{bad} weights are NaN or infinite: repair the checkpoint")
+    return original
+
+
+def full_precision_moments(statistics: InputStatistics, method: Method) -> Tensor | None:
+    """`InputStatistics.cross`; None if the method does not want it."""
     if method.gptaq == 0:
         return None
     if statistics.cross is None:
         raise ValueError("GPTAQ needs statistics that were collected with full-precision inputs")
     return statistics.cross
+
+
+def steps_of_rows(
+    outputs: OutputStatistics | None, rows: int, method: Method, device: torch.device
+) -> list[RowStep]:
+    """The steps in which a matrix of so many rows is rounded."""
+    if outputs is None:
+        return all_rows_at_once(rows, device)
+    return row_steps(outputs.matrices(), method.output_damping)
 
 
 def _choose_block(W: Tensor, size: int, by_similarity: bool) -> tuple[Tensor, Tensor]:
@@ -243,12 +255,12 @@ def _as_stored(values: Tensor) -> Tensor:
     return values.to(torch.float16).double()
 
 
-def relative_error(W: Tensor, weight: TernaryWeight, H: Tensor) -> float:
-    """tr(E H E^T) / tr(W H W^T), E = W - Q: the share of the output's energy that is lost.
+def relative_error(W: Tensor, values: Tensor, H: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T), E = W - values: the share of the output's energy that is lost.
 
-    W: (n, m) of any float type; H: (m, m). 0 where W H W^T is 0.
+    W, values: (n, m) of any float type; H: (m, m). 0 where W H W^T is 0.
     """
     W = W.to(H.dtype)
-    E = W - weight.dequantize(H.dtype)
+    E = W - values.to(H.dtype)
     energy = ((W @ H) * W).sum()
     return (((E @ H) * E).sum() / energy).item() if energy > 0 else 0.0

@@ -12,8 +12,11 @@ from torch import Tensor
 from pt2gguf.convert.calibration import load_calibration
 from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.convert.workdir import Layer
+from pt2gguf.export.llama_cpp import import_llama_cpp
+from pt2gguf.export.stock_grids import GgmlGrid
 from pt2gguf.model import Checkpoint
-from pt2gguf.ternary import METHODS
+from pt2gguf.native.installation import find_installation
+from pt2gguf.ternary import METHODS, InputStatistics, OutputStatistics, round_to_stock
 from pt2gguf.ternary.rounding import (
     Replayed,
     _fused_kernel,
@@ -111,3 +114,23 @@ def test_gpu_results_are_reproducible_and_resumable(tmp_path: Path) -> None:
     (tmp_path / "first" / "layer-0002.safetensors").unlink()
     _, resumed = ternarized(tmp_path / "first", "cuda")
     assert resumed == first
+
+
+def test_stock_types_on_the_gpu() -> None:
+    llama_cpp = import_llama_cpp(find_installation())
+    grid = GgmlGrid("q3_k", llama_cpp.gguf, llama_cpp.ggml)
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(100, 512, generator=generator)
+    x, x_full = torch.randn(2, 2048, 512, generator=generator)
+    g = torch.randn(400, 100, generator=generator)
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        inputs = InputStatistics(512, device, with_full_precision=True)
+        inputs.add(x.to(device), (x + 0.1 * x_full).to(device))
+        outputs = OutputStatistics.empty(100, device)
+        outputs.add(g.to(device))
+        found.append(round_to_stock(W.to(device), inputs, METHODS["default"], outputs, grid))
+    (_, on_cpu), (first, on_gpu), (second, _) = found
+    assert torch.equal(first.packed, second.packed)
+    # Sums in another order tip single digits, and with them what later ones make up for.
+    assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=0.02)

@@ -38,7 +38,7 @@ def _load(path: Path, kind: str, samples: int = 4, **changes: object):
 
 def _stages(path: Path, kind: str, samples: int = 4, **changes: object) -> list[Stage]:
     skeleton, layer, call, hidden = _load(path, kind, samples, **changes)
-    linears, _ = select_linears(layer, skeleton.config, str, lambda name: None)
+    linears = select_linears(layer, skeleton.config, str, lambda name: None).ternary
     groups = InputGroups(layer, linears)
     with groups.watch(), torch.no_grad():
         call(layer, hidden)

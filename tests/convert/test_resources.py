@@ -151,6 +151,7 @@ def test_estimate_follows_its_parts() -> None:
         "layer": LayerSize(10**6, [(2048, 1024)], 16 * 1024**2, 16 * 1024**2),
         "body_parameters": 10**6,
         "ternary": [(2048, 1024)],
+        "stock_bytes": 0,
         "samples": 128,
         "length": 512,
         "further_tokens": 0,
@@ -166,6 +167,7 @@ def test_estimate_follows_its_parts() -> None:
     assert estimate(**{**base, "samples": 256}).host - needs.host >= hidden
     assert estimate(**{**base, "full_precision": False}).host < needs.host - hidden // 2
     assert estimate(**{**base, "further_tokens": 64 * 512}).host - needs.host >= hidden // 4
+    assert estimate(**{**base, "stock_bytes": 12345}).disk == needs.disk + 12345
     on_gpu = estimate(**{**base, "on_gpu": True})
     assert on_gpu.gpu >= 2 * 4 * 10**6 + 16 * 1024**2
     assert on_gpu.disk == needs.disk

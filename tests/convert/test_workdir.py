@@ -15,7 +15,7 @@ from memory import growth
 from pt2gguf.convert.settings import Settings, differences
 from pt2gguf.convert.workdir import Layer, WorkDirectory, pack_digits, unpack_digits
 from pt2gguf.errors import Pt2Error
-from pt2gguf.ternary import TernaryWeight
+from pt2gguf.ternary import StockWeight, TernaryWeight
 
 SETTINGS = Settings(
     model="abc",
@@ -23,6 +23,8 @@ SETTINGS = Settings(
     method={"name": "paper", "gptaq": 0.25},
     calibration={"samples": 3},
     kept={"head": "asked for"},
+    stock={"s.weight": "q4_k"},
+    alternatives=["q2_k", "q3_k"],
     device="cpu",
     threads=1,
 )
@@ -38,7 +40,21 @@ def _weight(rows: int, columns: int, seed: int, permuted: bool) -> TernaryWeight
 
 def _layer(seed: int = 0) -> Layer:
     weights = {"z.weight": _weight(3, 256, seed, True), "a.weight": _weight(5, 128, seed, False)}
-    return Layer(weights, {name: {"relative_error": 0.5} for name in weights})
+    return Layer(
+        weights,
+        {"s.weight": _stock_weight("q4_k", 144, seed)},
+        {"z.weight": {"q2_k": _stock_weight("q2_k", 84, seed)}},
+        {name: {"relative_error": 0.5} for name in [*weights, "s.weight"]},
+    )
+
+
+def _stock_weight(kind: str, size: int, seed: int) -> StockWeight:
+    g = torch.Generator().manual_seed(seed)
+    return StockWeight(kind, torch.randint(0, 256, (3, size), generator=g, dtype=torch.uint8))
+
+
+def _same(a: StockWeight, b: StockWeight) -> bool:
+    return a.kind == b.kind and torch.equal(a.packed, b.packed)
 
 
 def _equal(a: TernaryWeight, b: TernaryWeight) -> bool:
@@ -74,12 +90,19 @@ def test_layers_come_back_as_they_were(tmp_path: Path) -> None:
         loaded = work.load_layer(1)
     assert list(loaded.weights) == list(layer.weights)
     assert all(_equal(loaded.weights[name], layer.weights[name]) for name in layer.weights)
+    assert loaded.stock.keys() == {"s.weight"}
+    assert _same(loaded.stock["s.weight"], layer.stock["s.weight"])
+    assert loaded.alternatives.keys() == {"z.weight"}
+    assert loaded.alternatives["z.weight"].keys() == {"q2_k"}
+    assert _same(loaded.alternatives["z.weight"]["q2_k"], layer.alternatives["z.weight"]["q2_k"])
     assert loaded.reports == layer.reports
     with WorkDirectory.open_existing(tmp_path / "w") as work:
         with pytest.raises(Pt2Error, match=r"layer-0000.safetensors is missing or damaged"):
             list(work.layer_numbers())
-        work.save_layer(0, Layer({"b.weight": _weight(1, 128, 0, False)}, {"b.weight": {}}))
+        work.save_layer(0, Layer({"b.weight": _weight(1, 128, 0, False)}))
         assert list(work.layer_numbers()) == ["b.weight", "z.weight", "a.weight"]
+        assert work.stock_layer_numbers() == {"s.weight": 1}
+        assert work.stock == {"s.weight": "q4_k"}
         assert work.kept == {"head": "asked for"}
         assert work.settings == SETTINGS
     assert not list((tmp_path / "w").glob("*.part"))
