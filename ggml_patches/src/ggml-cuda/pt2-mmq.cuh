@@ -5,19 +5,31 @@
 // Where the parts of a tile's row are. With tensor cores of our own dot product a row has one pair
 // of alpha and mu per block, as they are in the file; upstream's dot products want a scale and an
 // offset per 32 columns.
+//
+// Functions, not constants: HIP's compiler calls no device function for a constant of a struct.
 template <ggml_type type, int J, bool fallback> struct pt2_tile {
-    static constexpr int I = ggml_cuda_mmq_get_I(type, J, fallback);
+    static constexpr __device__ int I() {
+        return ggml_cuda_mmq_get_I(type, J, fallback);
+    }
 #if defined(AMD_MFMA_AVAILABLE) || defined(TURING_MMA_AVAILABLE) || defined(AMD_WMMA_AVAILABLE)
-    static constexpr int stride = ggml_cuda_mmq_get_sram_stride(type, J, fallback);
-    static constexpr int at_dm = 2 * MMQ_TILE_NE_K;
+    static constexpr __device__ int stride() {
+        return ggml_cuda_mmq_get_sram_stride(type, J, fallback);
+    }
+    static constexpr __device__ int at_dm() {
+        return 2 * MMQ_TILE_NE_K;
+    }
     static __device__ __forceinline__ int dm(const int i) {
-        return at_dm + i * stride;
+        return at_dm() + i * stride();
     }
 #else
-    static constexpr int stride = 2 * MMQ_TILE_NE_K + 1;
-    static constexpr int at_dm = mmq_get_dp4a_tile_x_sizes(GGML_TYPE_Q5_1, I).qs;
+    static constexpr __device__ int stride() {
+        return 2 * MMQ_TILE_NE_K + 1;
+    }
+    static constexpr __device__ int at_dm() {
+        return mmq_get_dp4a_tile_x_sizes(GGML_TYPE_Q5_1, I()).qs;
+    }
     static __device__ __forceinline__ int dm(const int i) {
-        return at_dm + i * (MMQ_TILE_NE_K / QI5_1) + i / QI5_1;
+        return at_dm() + i * (MMQ_TILE_NE_K / QI5_1) + i / QI5_1;
     }
 #endif
 #if defined(TURING_MMA_AVAILABLE)
@@ -38,15 +50,15 @@ static __device__ __forceinline__ void pt2_load_tiles(const char * __restrict__ 
     // 8 threads per block of weights. The rows of a warp are two apart: their stores then go to
     // different banks.
     constexpr int nrows = warp_size / 8;
-    static_assert(tile_x::I % (2 * nrows) == 0, "bad I");
+    static_assert(tile_x::I() % (2 * nrows) == 0, "bad I");
 
     const int word = threadIdx.x % 8;
 
 #pragma unroll
-    for (int i0 = 0; i0 < tile_x::I; i0 += nrows * nwarps) {
+    for (int i0 = 0; i0 < tile_x::I(); i0 += nrows * nwarps) {
         const int n = i0 / nrows + threadIdx.y;
         int i = (n / 2) * (2 * nrows) + n % 2 + 2 * (threadIdx.x / 8);
-        if (tile_x::I % (nrows * nwarps) != 0 && i >= tile_x::I) {
+        if (tile_x::I() % (nrows * nwarps) != 0 && i >= tile_x::I()) {
             break;
         }
         if (fallback) {
@@ -57,7 +69,7 @@ static __device__ __forceinline__ void pt2_load_tiles(const char * __restrict__ 
 #pragma unroll
         for (int kb = 0; kb < nblocks; ++kb) {
             const char * block = row + kb * bs;
-            int * to = x_tile + i * tile_x::stride + kb * (QK_PT2 / 4);
+            int * to = x_tile + i * tile_x::stride() + kb * (QK_PT2 / 4);
             if constexpr (type == GGML_TYPE_TQ2_1) {
                 const uint32_t q = ((const uint32_t *) block)[1 + word];
 #pragma unroll
@@ -85,11 +97,11 @@ static __device__ __forceinline__ void pt2_load_tiles(const char * __restrict__ 
     static_assert(warp_size % per_row == 0, "bad warp size");
     constexpr int rows_dm = nwarps * warp_size / per_row;
 #pragma unroll
-    for (int i0 = 0; i0 < tile_x::I; i0 += rows_dm) {
+    for (int i0 = 0; i0 < tile_x::I(); i0 += rows_dm) {
         const int thread = threadIdx.y * warp_size + threadIdx.x;
         const int entry = thread % per_row;
         int i = i0 + thread / per_row;
-        if (tile_x::I % rows_dm != 0 && i >= tile_x::I) {
+        if (tile_x::I() % rows_dm != 0 && i >= tile_x::I()) {
             break;
         }
         if (fallback) {
@@ -130,7 +142,7 @@ static __device__ __forceinline__ void pt2_vec_dot_mma(const int * __restrict__ 
     for (int n = 0; n < ntx; ++n) {
 #pragma unroll
         for (int g = 0; g < ngroups; ++g) {
-            load_ldmatrix(A[n][g], x + (i0 + n * tile_A::I) * tile_x::stride + k00 + g * QI8_1, tile_x::stride);
+            load_ldmatrix(A[n][g], x + (i0 + n * tile_A::I) * tile_x::stride() + k00 + g * QI8_1, tile_x::stride());
         }
 #pragma unroll
         for (int l = 0; l < tile_C::ne / 2; ++l) {
