@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,11 @@ from pt2gguf.export.stock_types import (
     STOCK_TYPES,
     bits_per_weight,
     parse_stock_type,
-    stored_values,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pt2gguf.export.llama_cpp import LlamaCpp
+    from pt2gguf.export.stock_grids import GgmlGrid
     from pt2gguf.model import Skeleton
     from pt2gguf.ternary import Method
 
@@ -153,16 +151,14 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.convert.machine import usable_device
     from pt2gguf.convert.progress import ConsoleReporter
     from pt2gguf.convert.run import make_plan, ternarize_checkpoint
-    from pt2gguf.convert.stock import StockTypes
     from pt2gguf.convert.workdir import WorkDirectory
     from pt2gguf.export.gguf_file import ExportOptions, write_gguf
     from pt2gguf.export.llama_cpp import import_llama_cpp
-    from pt2gguf.export.precheck import find_unexportable, require_known_vocabulary
-    from pt2gguf.export.stock_grids import GRIDS, GgmlGrid
+    from pt2gguf.export.precheck import require_known_vocabulary
+    from pt2gguf.export.type_choice import TypeChoice
     from pt2gguf.export.work_source import WorkSource
     from pt2gguf.model import Checkpoint, Skeleton
     from pt2gguf.native.installation import find_installation
-    from pt2gguf.ternary import CHUNK
 
     started = time.monotonic()
     console = Console(highlight=False, soft_wrap=True)
@@ -173,57 +169,20 @@ def run(options: argparse.Namespace) -> None:
     block_type = BLOCK_TYPES[options.type]
     method = _method(options)
     device = usable_device(options.device)
-    if options.budget is not None and options.budget < block_type.bits_per_weight:
-        raise Pt2Error(
-            f"--budget {options.budget:g} is less than the {block_type.bits_per_weight:g} bits per "
-            f"weight of {options.type}: ask for more, or for --type tq1_1"
-        )
 
     llama_cpp = import_llama_cpp(find_installation())
-    gguf = llama_cpp.gguf
-    bits = {kind: bits_per_weight(kind, gguf) for kind in BUDGET_TYPES}
-    largest = max(bits, key=bits.__getitem__)
-    if options.budget is not None and options.budget > bits[largest]:
-        raise Pt2Error(
-            f"--budget {options.budget:g} is more than the {bits[largest]:g} bits per weight of "
-            f"{largest}, the largest type that it spends on: ask for less"
-        )
+    bits = {TERNARY: block_type.bits_per_weight}
+    bits |= {kind: bits_per_weight(kind, llama_cpp.gguf) for kind in BUDGET_TYPES}
+    if options.budget is not None:
+        _require_possible(options.budget, options.type, bits)
     checkpoint = Checkpoint(local_directory(options.model))
     require_known_vocabulary(checkpoint.path, llama_cpp)
     skeleton = Skeleton(checkpoint)
     gguf_name = gguf_namer(llama_cpp, skeleton)
-    chosen: dict[str, str] = {}  # by --budget: checkpoint name -> type
-
-    def tensor_type(name: str, new_name: str | None) -> str | None:
-        for pattern, stock_type in rules:
-            if pattern.search(name) or (new_name and pattern.search(new_name)):
-                return stock_type
-        return chosen.get(name)
-
-    def asked_for(name: str) -> str | None:
-        stock_type = tensor_type(name, gguf_name(name))
-        option = "--budget" if name in chosen else "--tensor-type"
-        return stock_type and f"{option} asks for {stock_type}"
-
-    def values(name: str, weight: Tensor) -> Tensor:
-        return stored_values(weight, tensor_type(name, gguf_name(name)) or "f16", gguf)
-
-    grids = {kind: GgmlGrid(kind, gguf, llama_cpp.ggml) for kind in GRIDS}
-    unexportable: dict[str, str] = {}
-
-    def grid(name: str) -> GgmlGrid | None:
-        if name in unexportable or checkpoint.tensors[name].shape[-1] % CHUNK:
-            return None
-        return grids.get(tensor_type(name, gguf_name(name)) or "")
-
+    types = TypeChoice(rules, checkpoint, gguf_name, llama_cpp)
     calibration = calibration_for(skeleton, options)
-    plan = make_plan(skeleton, asked_for, StockTypes(values, grid))
-    of_one_type: dict[str, dict[str, tuple[int, int]]] = {"ternary": dict(plan.ternary)}
-    for name, shape in plan.stock.items():
-        kind = tensor_type(name, gguf_name(name)) or ""
-        of_one_type.setdefault(kind, {})[name] = shape
-    for shapes in of_one_type.values():
-        unexportable |= find_unexportable(checkpoint.path, shapes, llama_cpp)
+    plan = make_plan(skeleton, types.reason, types.stock_types())
+    types.find_unexportable(plan.ternary, plan.stock)
 
     def ternarize(
         with_method: Method, work_directory: Path, alternatives: Sequence[GgmlGrid] = ()
@@ -233,8 +192,8 @@ def run(options: argparse.Namespace) -> None:
             with_method,
             calibration,
             work_directory,
-            keep=lambda name: asked_for(name) or unexportable.get(name),
-            stock=StockTypes(values, grid, alternatives),
+            keep=types.reason,
+            stock=types.stock_types(alternatives),
             device=device,
             threads=options.threads,
             force=options.force,
@@ -245,17 +204,17 @@ def run(options: argparse.Namespace) -> None:
     if options.budget is not None:
         console.print("first all of it ternary, to learn where bits are needed most")
         untuned = dataclasses.replace(method, tuning_epochs=0, written_windows=0)
-        candidates = [grids[kind] for kind in BUDGET_TYPES]
+        candidates = [types.grids[kind] for kind in BUDGET_TYPES]
         first_directory = work_directory.with_name(work_directory.name + ".first")
         with ternarize(untuned, first_directory, candidates) as first:
             console.print("measuring what each weight costs the model")
-            chosen |= spend_budget(
+            types.by_budget |= spend_budget(
                 skeleton,
                 calibration.ids,
                 first,
                 tensor_of=lambda name: gguf_name(name) or name,
                 grids=candidates,
-                bits={TERNARY: block_type.bits_per_weight} | bits,
+                bits=bits,
                 budget=options.budget,
                 device=device,
             )
@@ -269,7 +228,7 @@ def run(options: argparse.Namespace) -> None:
                 block_type=block_type,
                 output_type=output_type,
                 embedding_type=embedding_type,
-                tensor_type=tensor_type,
+                tensor_type=types.tensor_type,
                 metadata=_metadata(method, calibration.provenance),
             ),
             llama_cpp,
@@ -284,8 +243,24 @@ def run(options: argparse.Namespace) -> None:
     console.print(f"{options.output}: {size / 1e6:.2f} MB ({options.type}) in {seconds:.0f} s")
 
 
-def _parse_tensor_types(rules: list[str]) -> list[tuple[re.Pattern[str], str]]:
+def _require_possible(budget: float, ternary: str, bits: Mapping[str, float]) -> None:
+    """Raises Pt2Error for a budget that is not between the bits per weight of these types, of which
+    the first is the ternary one."""
+    least = next(iter(bits.values()))
+    largest = max(bits, key=bits.__getitem__)
+    if budget < least:
+        raise Pt2Error(
+            f"--budget {budget:g} is less than the {least:g} bits per weight of {ternary}: ask for "
+            "more, or for --type tq1_1"
+        )
+    if budget > bits[largest]:
+        raise Pt2Error(
+            f"--budget {budget:g} is more than the {bits[largest]:g} bits per weight of {largest}, "
+            "the largest type that it spends on: ask for less"
+        )
 
+
+def _parse_tensor_types(rules: list[str]) -> list[tuple[re.Pattern[str], str]]:
     parsed = []
     for rule in rules:
         pattern, equals, name = rule.rpartition("=")

@@ -1,0 +1,78 @@
+"""Which matrices of the decoder layers stay in a stock type, and in which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from pt2gguf.convert.stock import StockTypes
+from pt2gguf.export.llama_cpp import LlamaCpp
+from pt2gguf.export.precheck import find_unexportable
+from pt2gguf.export.stock_grids import GRIDS, GgmlGrid
+from pt2gguf.export.stock_types import stored_values
+from pt2gguf.model import Checkpoint
+from pt2gguf.ternary import CHUNK
+
+Rule = tuple[re.Pattern[str], str]
+"""Tensors whose checkpoint or GGUF name matches are of this type."""
+
+
+class TypeChoice:
+    """What was asked for: by rules (--tensor-type), and what a budget has chosen since."""
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        checkpoint: Checkpoint,
+        gguf_name: Callable[[str], str | None],
+        llama_cpp: LlamaCpp,
+    ) -> None:
+        self.by_budget: dict[str, str] = {}
+        """Checkpoint name -> type."""
+        self.grids = {kind: GgmlGrid(kind, llama_cpp.gguf, llama_cpp.ggml) for kind in GRIDS}
+        self._rules = rules
+        self._checkpoint = checkpoint
+        self._gguf_name = gguf_name
+        self._llama_cpp = llama_cpp
+        self._unexportable: dict[str, str] = {}
+
+    def tensor_type(self, name: str, new_name: str | None) -> str | None:
+        """Of the tensor that has these names in the checkpoint and in the GGUF file."""
+        for pattern, stock_type in self._rules:
+            if pattern.search(name) or (new_name and pattern.search(new_name)):
+                return stock_type
+        return self.by_budget.get(name)
+
+    def reason(self, name: str) -> str | None:
+        """Why a matrix is to stay in a stock type; None if it is not."""
+        if stock_type := self._type(name):
+            option = "--budget" if name in self.by_budget else "--tensor-type"
+            return f"{option} asks for {stock_type}"
+        return self._unexportable.get(name)
+
+    def stock_types(self, alternatives: Sequence[GgmlGrid] = ()) -> StockTypes:
+        return StockTypes(self._values, self._grid, alternatives)
+
+    def find_unexportable(
+        self, ternary: Mapping[str, tuple[int, int]], stock: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """Find out which of these matrices, with their shapes, llama.cpp's converter changes by
+        more than moving rows: they will be neither ternary nor rounded with compensation."""
+        of_one_type = {"ternary": dict(ternary)}
+        for name, shape in stock.items():
+            of_one_type.setdefault(self._type(name) or "", {})[name] = shape
+        for shapes in of_one_type.values():
+            self._unexportable |= find_unexportable(self._checkpoint.path, shapes, self._llama_cpp)
+
+    def _type(self, name: str) -> str | None:
+        return self.tensor_type(name, self._gguf_name(name))
+
+    def _values(self, name: str, weight: Tensor) -> Tensor:
+        return stored_values(weight, self._type(name) or "f16", self._llama_cpp.gguf)
+
+    def _grid(self, name: str) -> GgmlGrid | None:
+        if name in self._unexportable or self._checkpoint.tensors[name].shape[-1] % CHUNK:
+            return None
+        return self.grids.get(self._type(name) or "")
