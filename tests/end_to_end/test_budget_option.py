@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY, run_pt2gguf
+from small_models import save_model
 
 from pt2gguf.commands.convert import BUDGET_TYPES
 from pt2gguf.convert.calibration import load_calibration
@@ -96,6 +100,34 @@ def test_closer_to_full_precision_than_all_ternary(
         return float((full.exp() * (full - found)).sum(-1).mean())
 
     assert divergence(file) < divergence(converted.tq1_1)
+
+
+def test_experts_share_a_type(tmp_path: Path, llama_cpp: LlamaCpp) -> None:
+    """Those of a projection are one tensor in the file, which llama.cpp computes with."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
+    model = save_model(tmp_path / "model", "mixtral", vocab_size=VOCABULARY, **shape)
+    for name in TOKENIZER_FILES:
+        shutil.copy(EXAMPLE_MODEL / name, model)
+    output, text, record = (tmp_path / name for name in ("out.gguf", "text.txt", "record.json"))
+    run_pt2gguf("convert", model, output, *COMMON[:-3], 48, "--type", "tq1_1", "--budget", 2.5)
+    tensors = llama_cpp.gguf.GGUFReader(output).tensors
+    experts = {t.name: t.tensor_type.name.lower() for t in tensors if "_exps" in t.name}
+    assert len(experts) == 2 * 3
+    assert set(experts.values()) & set(BUDGET_TYPES)
+    assert set(experts.values()) <= {"tq1_1", *BUDGET_TYPES}
+
+    text.write_text(EXAMPLE_TEXT.read_text(encoding="utf-8")[-6000:], encoding="utf-8")
+    options = ["--context", 64, "--chunks", 6, "--window", 64, "--threads", 1, "--json", record]
+    run_pt2gguf("eval", output, "--model", model, "--text", text, *options)
+    rows = {row["name"]: row["texts"]["text"] for row in json.loads(record.read_text())["rows"]}
+    losses = {
+        key: math.log(rows[output.name][key]) - math.log(rows["F16"][key])
+        for key in ("llama_cpp_perplexity", "transformers_perplexity")
+    }
+    # As in test_stock_tensors.py.
+    assert losses["llama_cpp_perplexity"] == pytest.approx(
+        losses["transformers_perplexity"], abs=0.03
+    )
 
 
 def test_too_large_a_budget(tmp_path: Path) -> None:
