@@ -253,10 +253,10 @@ def _require_possible(budget: float, ternary: str, bits: Mapping[str, float]) ->
             f"--budget {budget:g} is less than the {least:g} bits per weight of {ternary}: ask for "
             "more, or for --type tq1_1"
         )
-    if budget > bits[largest]:
+    if budget >= bits[largest]:
         raise Pt2Error(
-            f"--budget {budget:g} is more than the {bits[largest]:g} bits per weight of {largest}, "
-            "the largest type that it spends on: ask for less"
+            f"--budget {budget:g} would leave nothing ternary: ask for less than the "
+            f"{bits[largest]:g} bits per weight of {largest}, the largest type that it spends on"
         )
 
 

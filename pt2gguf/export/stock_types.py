@@ -71,6 +71,7 @@ class Ggml:
         count, columns = source.shape
         block, size = self._gguf.GGML_QUANT_SIZES[qtype]
         packed = np.empty((count, columns // block * size), dtype=np.uint8)
+        weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
         function(
             ctypes.c_int(qtype),
             _address(source),
@@ -78,7 +79,7 @@ class Ggml:
             ctypes.c_int64(0),
             ctypes.c_int64(count),
             ctypes.c_int64(columns),
-            None if importance is None else _address(np.ascontiguousarray(importance, np.float32)),
+            None if weights is None else _address(weights),
         )
         return packed
 

@@ -139,14 +139,14 @@ def round_to_stock(
 def _digits_with_feedback(
     top: int, W: Tensor, low: Tensor, step: Tensor, L: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Digits (r, b), and the errors (r, b) that they leave, for W (r, b); L as in `rounding`."""
+    """Digits (r, b), and what is left of W (r, b) without their values; L as in `rounding`."""
     targets = W.T.clone(memory_format=torch.contiguous_format)
     low, step = low.T.contiguous(), step.T.contiguous()
     inverse = torch.where(step == 0, 0.0, 1 / step)
     effects = (L / L.diagonal()).T.contiguous()
-    digits, errors = torch.empty_like(targets), torch.empty_like(targets)
+    digits = torch.empty_like(targets)
     for j, target in enumerate(targets):
         torch.mul(target - low[j], inverse[j], out=digits[j]).round_().clamp_(0, top)
-        torch.sub(target - low[j], digits[j] * step[j], out=errors[j])
-        targets[j + 1 :].addr_(effects[j, j + 1 :], errors[j], alpha=-1)
-    return digits.T.contiguous(), errors.T.contiguous()
+        error = target - low[j] - digits[j] * step[j]
+        targets[j + 1 :].addr_(effects[j, j + 1 :], error, alpha=-1)
+    return digits.T.contiguous(), W - (low + digits * step).T

@@ -132,10 +132,10 @@ def test_experts_share_a_type(tmp_path: Path, llama_cpp: LlamaCpp) -> None:
 
 def test_too_large_a_budget(tmp_path: Path) -> None:
     finished = run_pt2gguf(
-        *["convert", EXAMPLE_MODEL, tmp_path / "out.gguf", *COMMON, "--budget", 6], check=False
+        *["convert", EXAMPLE_MODEL, tmp_path / "out.gguf", *COMMON, "--budget", 4.5], check=False
     )
     assert finished.returncode == 2
-    assert "--budget 6 is more than the 4.5 bits per weight of q4_k" in finished.stderr
+    assert "ask for less than the 4.5 bits per weight of q4_k" in finished.stderr
 
 
 def test_too_small_a_budget(tmp_path: Path) -> None:

@@ -96,9 +96,42 @@ def test_digits_are_those_of_a_plain_loop(seed: int, rows: int, columns: int, to
                 digit = min(max(round(float((w[j] - low[row, j]) / step[row, j])), 0), top)
             error = w[j] - (low[row, j] + digit * step[row, j])
             assert found[row, j] == digit
-            assert errors[row, j] == pytest.approx(float(error), abs=1e-9)
+            left = W[row, j] - (low[row, j] + digit * step[row, j])
+            assert errors[row, j] == pytest.approx(float(left), abs=1e-9)
             for k in range(j + 1, columns):
                 w[k] -= error * L[k, j] / L[j, j]
+
+
+class FixedGrid:
+    """Four levels that do not depend on the weights; stored as the digits themselves."""
+
+    name, chunk_bytes, top = "fixed", CHUNK, 3
+
+    def fit(self, W: Tensor, importance: Tensor) -> Tensor:
+        return torch.zeros(W.shape, dtype=torch.uint8)
+
+    def levels(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        step = torch.full(packed.shape, 0.02)
+        return -1.5 * step, step
+
+    def with_digits(self, packed: Tensor, digits: Tensor) -> Tensor:
+        return digits
+
+    def values(self, packed: Tensor) -> Tensor:
+        return 0.02 * (packed - 1.5)
+
+
+def test_chunks_are_rounded_as_one_matrix_would_be() -> None:
+    """What later chunks make up for is what plain GPTQ over all columns asks of them."""
+    W, statistics, grid = _weights(0, 12, 1024), _inputs(1, 1024), FixedGrid()
+    weight, _ = round_to_stock(W, statistics, PLAIN, None, grid)
+    inverse, _ = damped_inverse(statistics.hessian, PLAIN.damping)
+    low, step = (v.double() for v in grid.levels(torch.empty_like(W)))
+    expected, _ = _digits_with_feedback(
+        grid.top, W.double(), low, step, torch.linalg.cholesky(inverse)
+    )
+    # Sums in another order tip a digit now and then, and with it what follows in its row.
+    assert (weight.packed == expected).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
