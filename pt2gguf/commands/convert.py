@@ -204,7 +204,7 @@ def run(options: argparse.Namespace) -> None:
     if options.budget is not None:
         console.print("first all of it ternary, to learn where bits are needed most")
         untuned = dataclasses.replace(method, tuning_epochs=0, written_windows=0)
-        candidates = [types.grids[kind] for kind in BUDGET_TYPES]
+        candidates = [types.grid_of(kind) for kind in BUDGET_TYPES]
         first_directory = work_directory.with_name(work_directory.name + ".first")
         with ternarize(untuned, first_directory, candidates) as first:
             console.print("measuring what each weight costs the model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +49,8 @@ def replace_weights(
 
     stored_name: from a parameter's name within the layer to its name in the checkpoint.
     """
-    for module_name, module in layer.named_modules():
-        name = stored_name(f"{module_name}.weight")
-        if name in values and isinstance(module, nn.Linear):
+    for name, module in _linears(layer, stored_name):
+        if name in values:
             module.weight.copy_(values[name])
 
 
@@ -63,7 +62,15 @@ def round_kept(
 
     stored_name: as in `replace_weights`.
     """
-    for module_name, module in layer.named_modules():
-        name = stored_name(f"{module_name}.weight")
-        if name in kept and isinstance(module, nn.Linear):
+    for name, module in _linears(layer, stored_name):
+        if name in kept:
             module.weight.copy_(stock.values(name, module.weight.cpu()))
+
+
+def _linears(
+    layer: nn.Module, stored_name: Callable[[str], str]
+) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers, with the checkpoint names of their weights."""
+    for module_name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            yield stored_name(f"{module_name}.weight"), module

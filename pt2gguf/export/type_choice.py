@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class TypeChoice:
     ) -> None:
         self.by_budget: dict[str, str] = {}
         """Checkpoint name -> type."""
-        self.grids = {kind: GgmlGrid(kind, llama_cpp.gguf, llama_cpp.ggml) for kind in GRIDS}
+        self.grid_of = lru_cache(lambda kind: GgmlGrid(kind, llama_cpp.gguf, llama_cpp.ggml))
+        """From one of GRIDS; made when it is needed, as ggml's library is loaded for it."""
         self._rules = rules
         self._checkpoint = checkpoint
         self._gguf_name = gguf_name
@@ -75,4 +77,5 @@ class TypeChoice:
     def _grid(self, name: str) -> GgmlGrid | None:
         if name in self._unexportable or self._checkpoint.tensors[name].shape[-1] % CHUNK:
             return None
-        return self.grids.get(self._type(name) or "")
+        kind = self._type(name)
+        return self.grid_of(kind) if kind in GRIDS else None
