@@ -29,7 +29,7 @@ INSTRUCTION_SETS = {
 TILES = (1, 2, 4)
 # How many rows a register works for.
 LANES = {"AVX-512 VNNI": 16, "AVX-VNNI": 8, "AVX2": 8, "NEON i8mm": 4, "NEON dotprod": 4}
-FUNCTION = re.compile(r"^[0-9a-f]+ <void (?:\(anonymous namespace\)::)dot_vectors<(\d+), (\d+)>")
+FUNCTION = re.compile(r"^[0-9a-f]+ <void \(anonymous namespace\)::dot_vectors<.*, (\d+), (\d+)>")
 INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\t(.*)$")
 JUMP = re.compile(r"^(?:j[a-z]+|b\.[a-z]+|cbn?z)\b.*?\b([0-9a-f]+) <")
 

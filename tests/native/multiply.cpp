@@ -195,18 +195,18 @@ static std::vector<float> multiply(ggml_backend_t backend, const shape & s, cons
 static void check_column(const shape & s, const inputs & in, const float * w, const float * x, const float * out) {
     std::vector<double> gathered(s.length), step(s.length);
     double magnitude = 0;
-    for (int64_t group = 0; group < s.length; group += 32) {
+    for (int64_t block = 0; block < s.length; block += QK_PT2) {
         double largest = 0;
-        for (int64_t j = group; j < group + 32; ++j) {
+        for (int64_t j = block; j < block + QK_PT2; ++j) {
             gathered[j] = x[in.perm[j]];
             largest = std::max(largest, std::fabs(gathered[j]));
             magnitude += 4 * std::fabs(gathered[j]); // |u|*|alpha| + |mu - alpha| for weights within 1
         }
-        std::fill_n(step.begin() + group, 32, largest / 127);
+        std::fill_n(step.begin() + block, QK_PT2, largest / 127);
     }
     // Half a step for each activation, and float32's rounding: of x/d, at most 127, and see test_kernels.py.
     const double eps = std::ldexp(1, -24);
-    const double rounding = (2 * (s.length / QK_PT2) + 40) * eps * magnitude * (1 + 1.0 / 127);
+    const double rounding = (2 * (s.length / QK_PT2) + 4) * eps * magnitude * (1 + 1.0 / 127);
     for (int64_t r = 0; r < s.rows; ++r, w += s.length) {
         double expected = 0, tolerance = rounding;
         for (int64_t j = 0; j < s.length; ++j) {

@@ -21,26 +21,21 @@ void quantize_row_tq2_1(const float * x, void * y, int64_t k) {
 // Activations ------------------------------------------------------------------------------------
 
 static void quantize_block(const float * x, block_q8_t * y) {
-    y->sum = 0;
-    for (int group = 0; group < QK_PT2 / 32; ++group) {
-        const float * values = x + 32 * group;
-        float amax = 0;
-        for (int j = 0; j < 32; ++j) {
-            amax = fmaxf(amax, fabsf(values[j]));
-        }
-        const float d = amax / 127;
-        const bool zero = !(d >= FLT_MIN); // the inverse could be infinite
-        int32_t sum = 0;
-        for (int j = 0; j < 32; ++j) {
-            // within bounds even for an infinite value, which makes the product NaN
-            const float q_float = fminf(fmaxf(nearbyintf(values[j] * (1 / d)), -127), 127);
-            const int8_t q = zero ? 0 : (int8_t) q_float;
-            y->qs[32 * group + j] = q;
-            sum += q;
-        }
-        y->d[group] = zero ? 0 : d;
-        y->sum += y->d[group] * sum;
+    float amax = 0;
+    for (int j = 0; j < QK_PT2; ++j) {
+        amax = fmaxf(amax, fabsf(x[j]));
     }
+    const float d = amax / 127;
+    const bool zero = !(d >= FLT_MIN); // the inverse could be infinite
+    int32_t sum = 0;
+    for (int j = 0; j < QK_PT2; ++j) {
+        // within bounds even for an infinite value, which makes the product NaN
+        const float q = fminf(fmaxf(nearbyintf(x[j] * (1 / d)), -127), 127);
+        y->qs[j] = zero ? 0 : (int8_t) q;
+        sum += y->qs[j];
+    }
+    y->d = zero ? 0 : d;
+    y->sum = y->d * sum;
 }
 
 void quantize_row_q8_t(const float * x, void * y, int64_t k) {
@@ -52,35 +47,33 @@ void quantize_row_q8_t(const float * x, void * y, int64_t k) {
 
 // Dot products -------------------------------------------------------------------------------------
 
-// d*u*q summed over a block: integers within a group, one float product for each group.
-static float dot_block_tq1_1(const uint8_t * qs, const block_q8_t * y) {
-    int32_t sums[QK_PT2 / 32] = { 0 };
+// u*q summed over a block.
+static int32_t dot_block_tq1_1(const uint8_t * qs, const block_q8_t * y) {
+    int32_t sum = 0;
     for (int j = 0; j < 26; ++j) {
         uint8_t fraction = qs[j];
         for (int k = 0; k < (j < 24 ? 5 : 4); ++k) {
             const int column = j < 24 ? 24 * k + j : 120 + 2 * k + (j - 24);
-            sums[column / 32] += (fraction * 3 >> 8) * y->qs[column];
+            sum += (fraction * 3 >> 8) * y->qs[column];
             fraction *= 3;
         }
     }
-    return y->d[0] * sums[0] + y->d[1] * sums[1] + y->d[2] * sums[2] + y->d[3] * sums[3];
+    return sum;
 }
 
-static float dot_block_tq2_1(const uint8_t * qs, const block_q8_t * y) {
-    float sum = 0;
+static int32_t dot_block_tq2_1(const uint8_t * qs, const block_q8_t * y) {
+    int32_t sum = 0;
     for (int k = 0; k < QK_PT2 / 32; ++k) {
-        int32_t plane = 0;
         for (int j = 0; j < 32; ++j) {
-            plane += (qs[j] >> 2 * k & 3) * y->qs[32 * k + j];
+            sum += (qs[j] >> 2 * k & 3) * y->qs[32 * k + j];
         }
-        sum += y->d[k] * plane;
     }
     return sum;
 }
 
 // Sums the blocks of a row. Both types start with alpha and mu.
 static float dot_row(int n, const char * x, size_t block_size, const block_q8_t * y,
-                     float (*dot_block)(const uint8_t * qs, const block_q8_t * y)) {
+                     int32_t (*dot_block)(const uint8_t * qs, const block_q8_t * y)) {
     assert(n % QK_PT2 == 0);
     float sum = 0;
     for (int i = 0; i < n / QK_PT2; ++i, x += block_size) {
@@ -88,7 +81,7 @@ static float dot_row(int n, const char * x, size_t block_size, const block_q8_t 
         memcpy(halves, x, sizeof(halves));
         const float alpha = GGML_CPU_FP16_TO_FP32(halves[0]);
         const float mu = GGML_CPU_FP16_TO_FP32(halves[1]);
-        sum += alpha * dot_block((const uint8_t *) x + sizeof(halves), &y[i]) + (mu - alpha) * y[i].sum;
+        sum += alpha * y[i].d * dot_block((const uint8_t *) x + sizeof(halves), &y[i]) + (mu - alpha) * y[i].sum;
     }
     return sum;
 }

@@ -1,5 +1,5 @@
-// See pt2-panel.h. With u = t + 1 the stored digit, and x = d*q the activations in groups of 32:
-//     sum(w*x) = alpha * sum over groups of (d * sum(u*q)) + (mu - alpha) * sum(x)
+// See pt2-panel.h. With u = t + 1 the stored digit, and x = d*q the activations, a block is
+//     sum(w*x) = alpha * d * sum(u*q) + (mu - alpha) * sum(x)
 // The integer sums are exact, so the instruction sets differ only by the order in which floats are
 // added.
 #include "pt2-panel.h"
@@ -12,14 +12,19 @@
 #include <algorithm>
 #include <type_traits>
 
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace {
 
-constexpr int PLANES = 4; // of digits in a byte, each as long as a group of activations
+constexpr int PLANES = 4; // of digits in a byte
 constexpr int STEPS = 8;  // in a plane, of four columns each
+constexpr int HALVES = 2; // of a byte, with two planes each
 
 template <int n> struct tile_block {
-    int8_t qs[PLANES][STEPS][n][4];
-    float d[PLANES][n]; // times PLANE_SCALE
+    int8_t qs[n][PLANES][STEPS][4];
+    float d[n]; // times SUM_SCALE
     float sum[n];
 };
 
@@ -38,8 +43,8 @@ template <int n = TILE_COLUMNS, typename F> void with_columns(int columns, const
 
 // Multiplication -----------------------------------------------------------------------------------
 
-// How many registers of rows are multiplied with n columns at a time: so many that their sums, of which there are
-// three kinds, fit the registers. A single column takes a panel at once, as it has little else to keep.
+// How many registers of rows are multiplied with n columns at a time: so many that their sums fit the registers. A
+// single column takes a panel at once, as it has little else to keep.
 template <int n> constexpr int vectors_for() {
     const int panel = PT2_PANEL_ROWS / LANES;
     return n == 1 ? panel : std::clamp(SUMS / n, 1, panel);
@@ -47,12 +52,12 @@ template <int n> constexpr int vectors_for() {
 
 constexpr size_t LINE = 64;
 
-// Into the second-level cache: few lines at a time can be on their way to the first-level one, which on Zen 4 alone
-// cost a quarter of the tokens.
-inline void prefetch(const void * data, size_t begin, size_t end) {
+enum cache { L2 = 2, L1 = 3 };
+
+template <cache level> inline void prefetch(const void * data, size_t begin, size_t end) {
 #if defined(__GNUC__)
     for (size_t at = begin; at < end; at += LINE) {
-        __builtin_prefetch((const char *) data + at, 0, 2);
+        __builtin_prefetch((const char *) data + at, 0, level);
     }
 #else
     (void) data;
@@ -61,34 +66,50 @@ inline void prefetch(const void * data, size_t begin, size_t end) {
 #endif
 }
 
+// AMD's family 26.
+bool is_zen5() {
+#if defined(__GNUC__) && defined(__x86_64__)
+    unsigned eax, ebx, ecx, edx;
+    const bool amd = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx;
+    return amd && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (eax >> 8 & 15) + (eax >> 20 & 255) == 26;
+#else
+    return false;
+#endif
+}
+
 // Weights come from memory once for each token that is decoded. What processors prefetch by themselves gave half of
 // the bandwidth that this distance gives; it leads into the next panel where there is one.
 constexpr int PREFETCH_BLOCKS = 8;
 
-// Lines of the block that far ahead, a share for each plane.
-inline void prefetch_ahead(const block_panel * panel, int plane) {
-    constexpr size_t SHARE = (sizeof(*panel) / LINE + PLANES - 1) / PLANES * LINE;
-    prefetch(panel + PREFETCH_BLOCKS, plane * SHARE, std::min((plane + 1) * SHARE, sizeof(*panel)));
+// Few lines at a time can be on their way to the first-level cache: on Zen 4 asking for them there cost a quarter of
+// the tokens. On Zen 5 it gives a sixth more.
+const bool PREFETCH_INTO_L1 = is_zen5();
+
+constexpr int PASSES = PLANES / HALVES_AT_ONCE; // through a block
+
+// Lines of the block that far ahead, a share for each pass.
+template <cache level> inline void prefetch_ahead(const block_panel * panel, int pass) {
+    constexpr size_t SHARE = (sizeof(*panel) / LINE + PASSES - 1) / PASSES * LINE;
+    prefetch<level>(panel + PREFETCH_BLOCKS, pass * SHARE, std::min((pass + 1) * SHARE, sizeof(*panel)));
 }
 
-// products[v][i] = the digits of plane k in the rows first_row + v * LANES, ... times those columns of column i.
+// Adds to products[h][v][i] one of the two planes in half h of the bytes, h = first_half, ...: the digits of the rows
+// first_row + v * LANES, ... times those columns of column i.
 template <int vectors, int n>
-inline void multiply_plane(const block_panel * panel, int first_row, int k, const tile_block<n> * tile,
-                           sums (&products)[vectors][n]) {
-    UNROLL for (int v = 0; v < vectors; ++v) {
-        UNROLL for (int i = 0; i < n; ++i) {
-            products[v][i] = no_sums();
-        }
-    }
+inline void add_planes(const block_panel * panel, int first_row, int first_half, int plane, const tile_block<n> * tile,
+                       sums (&products)[HALVES][vectors][n]) {
     UNROLL for (int s = 0; s < STEPS; ++s) {
-        bytes u[vectors];
-        UNROLL for (int v = 0; v < vectors; ++v) {
-            u[v] = digits(panel->qs[s][first_row + v * LANES], k);
-        }
-        UNROLL for (int i = 0; i < n; ++i) {
-            const bytes q = four_activations(tile->qs[k][s][i]);
+        UNROLL for (int h = first_half; h < first_half + HALVES_AT_ONCE; ++h) {
+            const int k = 2 * h + plane;
+            bytes u[vectors];
             UNROLL for (int v = 0; v < vectors; ++v) {
-                products[v][i] = dot(products[v][i], u[v], q);
+                u[v] = digits(panel->qs[s][first_row + v * LANES], k);
+            }
+            UNROLL for (int i = 0; i < n; ++i) {
+                const bytes q = four_activations(tile->qs[i][k][s]);
+                UNROLL for (int v = 0; v < vectors; ++v) {
+                    products[h][v][i] = dot(products[h][v][i], u[v], q);
+                }
             }
         }
     }
@@ -98,8 +119,9 @@ inline void multiply_plane(const block_panel * panel, int first_row, int k, cons
 
 // Two steps at a time: vmmlaq multiplies two rows of eight digits with two columns of eight activations.
 template <int vectors>
-inline void multiply_plane(const block_panel * panel, int first_row, int k, const tile_block<4> * tile,
-                           sums (&products)[vectors][4]) {
+inline void add_planes(const block_panel * panel, int first_row, int half, int plane, const tile_block<4> * tile,
+                       sums (&products)[HALVES][vectors][4]) {
+    const int k = 2 * half + plane;
     sums rows01[vectors][2], rows23[vectors][2]; // times columns 0 and 1, 2 and 3
     UNROLL for (int v = 0; v < vectors; ++v) {
         UNROLL for (int pair = 0; pair < 2; ++pair) {
@@ -107,10 +129,10 @@ inline void multiply_plane(const block_panel * panel, int first_row, int k, cons
         }
     }
     UNROLL for (int s = 0; s < STEPS; s += 2) {
-        const int32x4_t q0 = vreinterpretq_s32_s8(vld1q_s8(tile->qs[k][s][0]));
-        const int32x4_t q1 = vreinterpretq_s32_s8(vld1q_s8(tile->qs[k][s + 1][0]));
-        const int8x16_t columns[2] = { vreinterpretq_s8_s32(vzip1q_s32(q0, q1)),
-                                       vreinterpretq_s8_s32(vzip2q_s32(q0, q1)) };
+        int8x16_t columns[2];
+        UNROLL for (int pair = 0; pair < 2; ++pair) {
+            columns[pair] = vcombine_s8(vld1_s8(tile->qs[2 * pair][k][s]), vld1_s8(tile->qs[2 * pair + 1][k][s]));
+        }
         UNROLL for (int v = 0; v < vectors; ++v) {
             const int32x4_t u0 = vreinterpretq_s32_s8(digits(panel->qs[s][first_row + v * LANES], k));
             const int32x4_t u1 = vreinterpretq_s32_s8(digits(panel->qs[s + 1][first_row + v * LANES], k));
@@ -124,16 +146,39 @@ inline void multiply_plane(const block_panel * panel, int first_row, int k, cons
     }
     UNROLL for (int v = 0; v < vectors; ++v) {
         UNROLL for (int pair = 0; pair < 2; ++pair) {
-            products[v][2 * pair] = vuzp1q_s32(rows01[v][pair], rows23[v][pair]);
-            products[v][2 * pair + 1] = vuzp2q_s32(rows01[v][pair], rows23[v][pair]);
+            sums & even = products[half][v][2 * pair];
+            sums & odd = products[half][v][2 * pair + 1];
+            even = vaddq_s32(even, vuzp1q_s32(rows01[v][pair], rows23[v][pair]));
+            odd = vaddq_s32(odd, vuzp2q_s32(rows01[v][pair], rows23[v][pair]));
         }
     }
 }
 
 #endif
 
+// products[h][v][i] = the digits of all planes in half h of the block.
+template <cache level, int vectors, int n>
+inline void multiply_block(const block_panel * panel, int first_row, const tile_block<n> * tile,
+                           sums (&products)[HALVES][vectors][n]) {
+    UNROLL for (int h = 0; h < HALVES; h += HALVES_AT_ONCE) {
+        UNROLL for (int plane = 0; plane < 2; ++plane) {
+            FORGET(panel);
+            prefetch_ahead<level>(panel, h / HALVES_AT_ONCE * 2 + plane);
+            UNROLL for (int at_once = h; at_once < h + HALVES_AT_ONCE; ++at_once) {
+                UNROLL for (int v = 0; v < vectors; ++v) {
+                    UNROLL for (int i = 0; i < n; ++i) {
+                        sums & sum = products[at_once][v][i];
+                        sum = plane == 0 ? no_sums() : for_next_plane(sum);
+                    }
+                }
+            }
+            add_planes(panel, first_row, h, plane, tile, products);
+        }
+    }
+}
+
 // result[v][i] = the rows first_row + v * LANES, ... of the panel times column i.
-template <int vectors, int n>
+template <cache level, int vectors, int n>
 void dot_vectors(const block_panel * panel, int first_row, const tile_block<n> * tile, int64_t blocks,
                  floats (&result)[vectors][n]) {
     floats total[vectors][n];
@@ -143,31 +188,15 @@ void dot_vectors(const block_panel * panel, int first_row, const tile_block<n> *
         }
     }
     for (int64_t b = 0; b < blocks; ++b, ++panel, ++tile) {
-        floats scaled[vectors][n];
-        UNROLL for (int v = 0; v < vectors; ++v) {
-            UNROLL for (int i = 0; i < n; ++i) {
-                scaled[v][i] = broadcast(0);
-            }
-        }
-        UNROLL for (int k = 0; k < PLANES; ++k) {
-            FORGET(panel);
-            FORGET(tile);
-            prefetch_ahead(panel, k);
-            sums products[vectors][n];
-            multiply_plane(panel, first_row, k, tile, products);
-            UNROLL for (int i = 0; i < n; ++i) {
-                const floats d = broadcast(tile->d[k][i]);
-                UNROLL for (int v = 0; v < vectors; ++v) {
-                    scaled[v][i] = multiply_add(to_float(products[v][i]), d, scaled[v][i]);
-                }
-            }
-        }
+        sums products[HALVES][vectors][n];
+        multiply_block<level>(panel, first_row, tile, products);
         UNROLL for (int v = 0; v < vectors; ++v) {
             const int row = first_row + v * LANES;
             const floats alpha = from_half(panel->alpha + row);
             const floats offset = multiply_add(alpha, broadcast(-1), from_half(panel->mu + row));
             UNROLL for (int i = 0; i < n; ++i) {
-                total[v][i] = multiply_add(alpha, scaled[v][i], total[v][i]);
+                const floats scaled = multiply(to_float(products[0][v][i], products[1][v][i]), broadcast(tile->d[i]));
+                total[v][i] = multiply_add(alpha, scaled, total[v][i]);
                 total[v][i] = multiply_add(offset, broadcast(tile->sum[i]), total[v][i]);
             }
         }
@@ -180,16 +209,16 @@ void dot_vectors(const block_panel * panel, int first_row, const tile_block<n> *
 }
 
 // The panel's first `rows` rows.
-template <int n>
+template <cache level, int n>
 void dot_panel(const block_panel * panel, const tile_block<n> * tile, int64_t blocks, int rows, float * const * out) {
     constexpr int vectors = vectors_for<n>();
     static_assert(PT2_PANEL_ROWS % (vectors * LANES) == 0, "a panel takes whole rounds");
     for (int first_row = 0; first_row < rows; first_row += vectors * LANES) {
         floats result[vectors][n];
         if constexpr (vectors * LANES == PT2_PANEL_ROWS) { // a constant spares the addresses' arithmetic
-            dot_vectors(panel, 0, tile, blocks, result);
+            dot_vectors<level>(panel, 0, tile, blocks, result);
         } else {
-            dot_vectors(panel, first_row, tile, blocks, result);
+            dot_vectors<level>(panel, first_row, tile, blocks, result);
         }
         const int left = rows - first_row;
         for (int i = 0; i < n; ++i) {
@@ -207,37 +236,26 @@ void dot_panel(const block_panel * panel, const tile_block<n> * tile, int64_t bl
 
 // Activations ----------------------------------------------------------------------------------------
 
-// 32 floats to 32 bytes. Returns the scale, and adds to sum what they stand for, lane by lane.
-inline float quantize_group(const float * x, int8_t * q, floats & sum) {
+template <int n> void quantize_block(const float * x, int column, tile_block<n> * block) {
+    int8_t * q = block->qs[column][0][0];
     floats magnitude = broadcast(0);
-    UNROLL for (int j = 0; j < 32; j += LANES) {
+    UNROLL for (int j = 0; j < QK_PT2; j += LANES) {
         magnitude = larger_magnitude(magnitude, load(x + j));
     }
     const float d = largest(magnitude) / 127;
     if (!(d >= FLT_MIN)) { // its inverse could be infinite
-        memset(q, 0, 32);
-        return 0;
+        memset(q, 0, QK_PT2);
+        block->d[column] = block->sum[column] = 0;
+        return;
     }
     const floats inverse = broadcast(1 / d);
-    UNROLL for (int j = 0; j < 32; j += LANES) {
-        const floats rounded = store_rounded(q + j, multiply_add(load(x + j), inverse, broadcast(0)));
-        sum = multiply_add(rounded, broadcast(d), sum);
-    }
-    return d;
-}
-
-template <int n> void quantize_block(const float * x, int column, tile_block<n> * block) {
-    int8_t q[PLANES][STEPS][4];
     floats sum = broadcast(0);
-    UNROLL for (int k = 0; k < PLANES; ++k) {
-        block->d[k][column] = quantize_group(x + 32 * k, q[k][0], sum) * PLANE_SCALE[k];
+    UNROLL for (int j = 0; j < QK_PT2; j += LANES) {
+        const floats rounded = store_rounded(q + j, multiply(load(x + j), inverse));
+        sum = multiply_add(rounded, broadcast(1), sum);
     }
-    UNROLL for (int k = 0; k < PLANES; ++k) {
-        UNROLL for (int s = 0; s < STEPS; ++s) {
-            memcpy(block->qs[k][s][column], q[k][s], 4);
-        }
-    }
-    block->sum[column] = total(sum);
+    block->d[column] = d * SUM_SCALE;
+    block->sum[column] = d * total(sum);
 }
 
 // Weights ------------------------------------------------------------------------------------------
@@ -307,7 +325,7 @@ void pt2_panel_from_rows(enum ggml_type type, const void * data, size_t row_size
                          block_panel * panel) {
     assert(0 < rows && rows <= PT2_PANEL_ROWS);
     // Rows follow each other in memory, but are read side by side, which is more streams than processors prefetch.
-    prefetch(data, 0, rows * row_size);
+    prefetch<L2>(data, 0, rows * row_size);
     for (int64_t b = 0; b < blocks; ++b, ++panel) {
         memset(panel, 0, sizeof(*panel));
         if (type == GGML_TYPE_TQ1_1) {
@@ -331,7 +349,7 @@ size_t pt2_tile_size(int n, int64_t blocks) {
 
 void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int64_t first, int64_t last, void * tile) {
     if (perm) {
-        prefetch(perm, first * QK_PT2 * sizeof(*perm), last * QK_PT2 * sizeof(*perm));
+        prefetch<L2>(perm, first * QK_PT2 * sizeof(*perm), last * QK_PT2 * sizeof(*perm));
     }
     with_columns(n, [&](auto columns) {
         auto * blocks = (tile_block<columns> *) tile;
@@ -352,6 +370,8 @@ void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int
 }
 
 void pt2_panel_dot(const block_panel * panel, const void * tile, int n, int64_t blocks, int rows, float * const * out) {
-    with_columns(
-        n, [&](auto columns) { dot_panel<columns>(panel, (const tile_block<columns> *) tile, blocks, rows, out); });
+    with_columns(n, [&](auto columns) {
+        const auto dot = PREFETCH_INTO_L1 ? dot_panel<L1, columns> : dot_panel<L2, columns>;
+        dot(panel, (const tile_block<columns> *) tile, blocks, rows, out);
+    });
 }

@@ -3,11 +3,13 @@
 //
 //   digits(p, k)       the digits of plane k in the packed bytes at p, four to a lane
 //   dot(a, u, q)       a plus, in each lane, the sum of four products of digits u and activations q
-//   to_float(a)        these sums
+//   for_next_plane(a)  sums over an even plane, such that the odd one after it can be added
+//   to_float(a, b)     the sums over all planes, from those over the first two and over the last two
 //   SUMS               of several columns, how many registers of sums are worked on at a time
+//   HALVES_AT_ONCE     so many times, as either two of the planes have sums of their own
 //
 // Where the instruction set multiplies unsigned bytes, the digits stay in place, so that those of
-// plane k count 4^k times; PLANE_SCALE takes that back.
+// plane k count 4^k times. All sums end up in units of the last plane; SUM_SCALE takes that back.
 #pragma once
 
 #include "simd-mappings.h"
@@ -33,11 +35,18 @@
 #define UNROLL
 #endif
 
-// Makes the compiler read again what the pointer points to, where holding it in registers would spill them.
+// Makes the compiler read again what the pointer points to, and leave the prefetches after it where they are.
 #if defined(__GNUC__)
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 #else
 #define FORGET(pointer) ((void) 0)
+#endif
+
+// Compilers that add in another order need more registers for it than there are, which cost AVX2 a third of its speed.
+#if defined(__GNUC__)
+#define KEEP_ORDER(a) __asm__("" : "+x"(a))
+#else
+#define KEEP_ORDER(a) ((void) 0)
 #endif
 
 namespace { // internal, so that libraries for several instruction sets can be in one process
@@ -52,7 +61,8 @@ inline int32_t four_bytes(const int8_t * q) {
 
 constexpr int LANES = 16;
 constexpr int SUMS = 8;
-constexpr float PLANE_SCALE[4] = { 1, 1.0f / 4, 1.0f / 16, 1.0f / 64 };
+constexpr int HALVES_AT_ONCE = 2; // eight sums alone would wait for each other
+constexpr float SUM_SCALE = 1.0f / 64;
 
 using bytes = __m512i;
 using sums = __m512i;
@@ -74,8 +84,12 @@ inline sums dot(sums a, bytes u, bytes q) {
     return _mm512_dpbusd_epi32(a, u, q);
 }
 
-inline floats to_float(sums a) {
-    return _mm512_cvtepi32_ps(a);
+inline sums for_next_plane(sums a) {
+    return _mm512_slli_epi32(a, 2);
+}
+
+inline floats to_float(sums a, sums b) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(a, 4), b));
 }
 
 inline floats broadcast(float x) {
@@ -84,6 +98,10 @@ inline floats broadcast(float x) {
 
 inline floats from_half(const ggml_fp16_t * p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
+}
+
+inline floats multiply(floats a, floats b) {
+    return _mm512_mul_ps(a, b);
 }
 
 inline floats multiply_add(floats a, floats b, floats c) {
@@ -121,6 +139,7 @@ inline floats store_rounded(int8_t * p, floats a) {
 
 constexpr int LANES = 8;
 constexpr int SUMS = 8;
+constexpr int HALVES_AT_ONCE = 1;
 
 using bytes = __m256i;
 using sums = __m256i;
@@ -128,7 +147,7 @@ using floats = __m256;
 
 #if defined(__AVXVNNI__)
 
-constexpr float PLANE_SCALE[4] = { 1, 1.0f / 4, 1.0f / 16, 1.0f / 64 };
+constexpr float SUM_SCALE = 1.0f / 64;
 
 inline bytes digits(const uint8_t * p, int k) {
     return _mm256_and_si256(_mm256_loadu_si256((const __m256i *) p), _mm256_set1_epi8((char) (3 << 2 * k)));
@@ -138,14 +157,19 @@ inline sums dot(sums a, bytes u, bytes q) {
     return _mm256_dpbusd_avx_epi32(a, u, q);
 }
 
-inline floats to_float(sums a) {
-    return _mm256_cvtepi32_ps(a);
+inline sums for_next_plane(sums a) {
+    return _mm256_slli_epi32(a, 2);
+}
+
+inline floats to_float(sums a, sums b) {
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(a, 4), b));
 }
 
 #else
 
-// Sums stay 16 bits wide, two to a lane: a plane's eight steps, with digits up to 2*4, reach 8*2*8*127 at the most.
-constexpr float PLANE_SCALE[4] = { 1, 1.0f / 4, 1, 1.0f / 4 };
+// Sums stay 16 bits wide, two to a lane: the eight steps of two planes, with digits up to 2*4, reach 2*8*2*8*127 =
+// 32512. The last two planes are shifted to where the first two are.
+constexpr float SUM_SCALE = 1.0f / 4;
 
 inline bytes digits(const uint8_t * p, int k) {
     const __m256i packed = _mm256_loadu_si256((const __m256i *) p);
@@ -153,11 +177,18 @@ inline bytes digits(const uint8_t * p, int k) {
 }
 
 inline sums dot(sums a, bytes u, bytes q) {
-    return _mm256_add_epi16(a, _mm256_maddubs_epi16(u, q));
+    a = _mm256_add_epi16(a, _mm256_maddubs_epi16(u, q));
+    KEEP_ORDER(a);
+    return a;
 }
 
-inline floats to_float(sums a) {
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(a, _mm256_set1_epi16(1)));
+inline sums for_next_plane(sums a) {
+    return _mm256_slli_epi16(a, 2);
+}
+
+inline floats to_float(sums a, sums b) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one)));
 }
 
 #endif
@@ -176,6 +207,10 @@ inline floats broadcast(float x) {
 
 inline floats from_half(const ggml_fp16_t * p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
+}
+
+inline floats multiply(floats a, floats b) {
+    return _mm256_mul_ps(a, b);
 }
 
 inline floats multiply_add(floats a, floats b, floats c) {
@@ -219,7 +254,8 @@ inline floats store_rounded(int8_t * p, floats a) {
 
 constexpr int LANES = 4;
 constexpr int SUMS = 4;
-constexpr float PLANE_SCALE[4] = { 1, 1, 1, 1 };
+constexpr int HALVES_AT_ONCE = 1;
+constexpr float SUM_SCALE = 1;
 
 using bytes = int8x16_t;
 using sums = int32x4_t;
@@ -242,8 +278,12 @@ inline sums dot(sums a, bytes u, bytes q) {
     return vdotq_s32(a, u, q);
 }
 
-inline floats to_float(sums a) {
-    return vcvtq_f32_s32(a);
+inline sums for_next_plane(sums a) {
+    return a;
+}
+
+inline floats to_float(sums a, sums b) {
+    return vcvtq_f32_s32(vaddq_s32(a, b));
 }
 
 inline floats broadcast(float x) {
@@ -252,6 +292,10 @@ inline floats broadcast(float x) {
 
 inline floats from_half(const ggml_fp16_t * p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+
+inline floats multiply(floats a, floats b) {
+    return vmulq_f32(a, b);
 }
 
 inline floats multiply_add(floats a, floats b, floats c) {
@@ -292,7 +336,8 @@ inline floats store_rounded(int8_t * p, floats a) {
 // Plain C++: one column at a time, so that compilers find what to vectorize.
 constexpr int LANES = 4;
 constexpr int SUMS = 1;
-constexpr float PLANE_SCALE[4] = { 1, 1, 1, 1 };
+constexpr int HALVES_AT_ONCE = 1;
+constexpr float SUM_SCALE = 1;
 
 struct bytes {
     int8_t v[16];
@@ -333,8 +378,16 @@ inline sums dot(sums a, bytes u, bytes q) {
     return a;
 }
 
-inline floats to_float(sums a) {
-    return { { (float) a.v[0], (float) a.v[1], (float) a.v[2], (float) a.v[3] } };
+inline sums for_next_plane(sums a) {
+    return a;
+}
+
+inline floats to_float(sums a, sums b) {
+    floats x;
+    for (int i = 0; i < 4; ++i) {
+        x.v[i] = (float) (a.v[i] + b.v[i]);
+    }
+    return x;
 }
 
 inline floats broadcast(float x) {
@@ -345,6 +398,13 @@ inline floats from_half(const ggml_fp16_t * p) {
     floats a;
     for (int i = 0; i < 4; ++i) {
         a.v[i] = GGML_CPU_FP16_TO_FP32(p[i]);
+    }
+    return a;
+}
+
+inline floats multiply(floats a, floats b) {
+    for (int i = 0; i < 4; ++i) {
+        a.v[i] *= b.v[i];
     }
     return a;
 }

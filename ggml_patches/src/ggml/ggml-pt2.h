@@ -34,18 +34,18 @@ typedef struct {
     uint8_t qs[QK_PT2 / 5 + 1];
 } block_tq1_1;
 
-// Activations for both, never stored in files: x = d[j/32]*qs[j], and the sum of these x. With one
-// scale for all 128 the logits' KL divergence from float activations was 2.5 times as large.
+// Activations for both, never stored in files: x = d*qs[j], and the sum of these x. With a scale for each 32 the
+// kernel is a tenth slower; docs/speed.md has what one for 128 costs in accuracy.
 typedef struct {
     int8_t qs[QK_PT2];
-    float d[QK_PT2 / 32];
+    float d;
     float sum;
 } block_q8_t;
 
 #ifdef __cplusplus
-static_assert(sizeof(block_tq2_1) == 36 && sizeof(block_tq1_1) == 30 && sizeof(block_q8_t) == 148, "block padding");
+static_assert(sizeof(block_tq2_1) == 36 && sizeof(block_tq1_1) == 30 && sizeof(block_q8_t) == 136, "block padding");
 #else
-_Static_assert(sizeof(block_tq2_1) == 36 && sizeof(block_tq1_1) == 30 && sizeof(block_q8_t) == 148, "block padding");
+_Static_assert(sizeof(block_tq2_1) == 36 && sizeof(block_tq1_1) == 30 && sizeof(block_q8_t) == 136, "block padding");
 #endif
 
 // The numbers of the types in GGUF files. They never change; the slots of enum ggml_type may.
