@@ -17,23 +17,33 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def find_unexportable(
-    checkpoint: Path, shapes: Mapping[str, tuple[int, int]], llama_cpp: LlamaCpp
+    checkpoint: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    types: Mapping[str, str],
+    llama_cpp: LlamaCpp,
 ) -> dict[str, str]:
-    """The weights that llama.cpp's converter changes by more than moving rows, with the reason.
+    """The weights that llama.cpp's converter changes by more than moving rows, or joins with others
+    that are to have another type, with the reason.
 
-    Layers whose weights have the same names are converted alike, so one of each kind is tried.
+    Layers whose weights have the same names and types are converted alike, so one of each kind is
+    tried.
 
     Args:
-        shapes: (n, m) of the weights that are to be ternary, by checkpoint name.
+        shapes: (n, m) of the weights that are to be rounded, by checkpoint name.
+        types: the types that they are to have in the file.
     """
-    layers = _by_layer(shapes)
-    representatives = {frozenset(map(_kind, names)): names for names in reversed(layers.values())}
-    converter = llama_cpp.converter(checkpoint)
+    tried: dict[frozenset[tuple[str, str]], dict[str, str]] = {}
     refused: dict[str, str] = {}
-    for names in representatives.values():
-        for name, reason in _try_layer(converter, {name: shapes[name] for name in names}).items():
-            refused[_kind(name)] = reason
-    return {name: refused[_kind(name)] for name in shapes if _kind(name) in refused}
+    for names in _by_layer(shapes).values():
+        alike = frozenset((_kind(name), types[name]) for name in names)
+        if alike not in tried:
+            found = _unexportable_in_layer(
+                checkpoint, {name: shapes[name] for name in names}, types, llama_cpp
+            )
+            tried[alike] = {_kind(name): reason for name, reason in found.items()}
+        reasons = tried[alike]
+        refused |= {name: reasons[_kind(name)] for name in names if _kind(name) in reasons}
+    return refused
 
 
 def require_known_vocabulary(checkpoint: Path, llama_cpp: LlamaCpp) -> None:
@@ -65,11 +75,30 @@ def _layer_number(name: str) -> int:
     return int(match[0]) if match else -1
 
 
-def _try_layer(converter: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def _unexportable_in_layer(
+    checkpoint: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    types: Mapping[str, str],
+    llama_cpp: LlamaCpp,
+) -> dict[str, str]:
+    """Tries again without what was refused, as the converter may refuse others for that."""
+    refused: dict[str, str] = {}
+    while left := {name: shape for name, shape in shapes.items() if name not in refused}:
+        found = _try_layer(llama_cpp.converter(checkpoint), left, types)
+        if not found:
+            break
+        refused |= found
+    return refused
+
+
+def _try_layer(
+    converter: Any, shapes: Mapping[str, tuple[int, int]], types: Mapping[str, str]
+) -> dict[str, str]:
     """The weights of one layer that do not survive as rows, with the reason."""
     by_number = dict(enumerate(shapes.values()))
+    names = list(shapes)
     refused: dict[str, str] = {}
-    seen: set[int] = set()
+    seen: set[str] = set()
     with torch.inference_mode():
         for number, (name, shape) in enumerate(shapes.items()):
             numbered = numbered_elements(number, shape)
@@ -77,12 +106,17 @@ def _try_layer(converter: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[st
                 for new_name, arrived in converter.modify_tensors(
                     numbered, name, _layer_number(name)
                 ):
-                    seen.update(read_rows(new_name, arrived, by_number).weight.tolist())
+                    numbers = read_rows(new_name, arrived, by_number).weight.unique().tolist()
+                    together = [names[origin] for origin in numbers]
+                    seen.update(together)
+                    if len({types[origin] for origin in together}) > 1:
+                        reason = "llama.cpp's converter joins it with a matrix of another type"
+                        refused |= dict.fromkeys(together, reason)
             except Pt2Error:
                 refused[name] = "llama.cpp's converter does more to it than moving rows"
             except Exception as error:  # whatever the converter does to what is not a weight
                 refused[name] = f"llama.cpp's converter cannot move its rows ({error})"
-    for number, name in enumerate(shapes):
-        if number not in seen:
-            refused.setdefault(name, "llama.cpp's converter joins it with what is not ternary")
+    for name in shapes:
+        if name not in seen:
+            refused.setdefault(name, "llama.cpp's converter joins it with what stays as it is")
     return refused

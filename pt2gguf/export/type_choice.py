@@ -60,13 +60,12 @@ class TypeChoice:
     def find_unexportable(
         self, ternary: Mapping[str, tuple[int, int]], stock: Mapping[str, tuple[int, int]]
     ) -> None:
-        """Find out which of these matrices, with their shapes, llama.cpp's converter changes by
-        more than moving rows: they will be neither ternary nor rounded with compensation."""
-        of_one_type = {"ternary": dict(ternary)}
-        for name, shape in stock.items():
-            of_one_type.setdefault(self._type(name) or "", {})[name] = shape
-        for shapes in of_one_type.values():
-            self._unexportable |= find_unexportable(self._checkpoint.path, shapes, self._llama_cpp)
+        """Find out which of these matrices, with their shapes, llama.cpp's converter does more to
+        than moving rows: they will be neither ternary nor rounded with compensation."""
+        types = dict.fromkeys(ternary, "ternary") | {n: self._type(n) or "" for n in stock}
+        self._unexportable = find_unexportable(
+            self._checkpoint.path, {**ternary, **stock}, types, self._llama_cpp
+        )
 
     def _type(self, name: str) -> str | None:
         return self.tensor_type(name, self._gguf_name(name))

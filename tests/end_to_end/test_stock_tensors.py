@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY, run_pt2gguf
+from small_models import save_model
 from test_formats_in_files import CONFIG, kill_after_layer, rotary_order, tensors_of
 
 from pt2gguf.convert.calibration import load_tokenizer, tokenize
@@ -134,3 +136,25 @@ def test_other_types_are_other_settings(converted: Converted, tmp_path: Path) ->
     assert "stock.model.layers.0.self_attn.v_proj.weight was absent and is now q4_k" in (
         refused.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("rule", "types"),
+    [
+        # gate, up and down projections of the experts
+        ("ffn_up_exps=q3_k", ("TQ1_1", "Q3_K", "TQ1_1")),
+        # A file has one type for all experts, and llama.cpp's converter joins them all at once.
+        (r"experts\.1\.w3=q3_k", ("F16", "F16", "F16")),
+    ],
+)
+def test_experts(tmp_path: Path, llama_cpp: LlamaCpp, rule: str, types: tuple[str, ...]) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
+    model = save_model(tmp_path / "model", "mixtral", vocab_size=VOCABULARY, **shape)
+    for name in TOKENIZER_FILES:
+        shutil.copy(EXAMPLE_MODEL / name, model)
+    file = tmp_path / "out.gguf"
+    run_pt2gguf("convert", model, file, *OPTIONS[:8], "--length", 48, "--tensor-type", rule)
+    tensors = tensors_of(file, llama_cpp.gguf)
+    for layer in range(2):
+        parts = [tensors[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")]
+        assert tuple(tensor.tensor_type.name for tensor in parts) == types
