@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
-from command_line import EXAMPLE_TEXT
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT
 from llama_tools import COLOUR, perplexity, start_tool
 
+from pt2gguf.convert.calibration import load_tokenizer, tokenize
+from pt2gguf.evaluation.logits_file import write_logits_file
+from pt2gguf.evaluation.reference_model import load_file_model
+from pt2gguf.export.llama_cpp import import_llama_cpp
+from pt2gguf.model import Checkpoint
 from pt2gguf.native.installation import Installation
 
 TYPES = pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])
+CONTEXT, CHUNKS = 256, 16
+ON_CPU = ("-ngl", 0, "--device", "none")
 
 
 def run_tool(
@@ -62,19 +70,44 @@ def test_the_graph_is_not_split(installation, converted, block_type) -> None:
     assert {int(number) for number in splits} <= {1, 2}
 
 
-def perplexity_of(installation, file, *options: object, **variables: str) -> float:
-    arguments = ["-f", EXAMPLE_TEXT, "-c", 256, "-b", 256, "--chunks", 16, *options]
-    return perplexity(installation, file, *arguments, env={**os.environ, **variables})
+@pytest.fixture(scope="module")
+def float_logits(installation, converted, tmp_path_factory) -> Path:
+    """What transformers computes with the weights that both files hold, in float32."""
+    checkpoint = Checkpoint(EXAMPLE_MODEL)
+    model = load_file_model(checkpoint, converted.tq2_1, import_llama_cpp(installation))
+    ids = tokenize(load_tokenizer(EXAMPLE_MODEL), EXAMPLE_TEXT.read_text(encoding="utf-8"))
+    path = tmp_path_factory.mktemp("logits") / "logits"
+    windows = ids[: CHUNKS * CONTEXT].view(CHUNKS, CONTEXT)
+    write_logits_file(path, model, windows, checkpoint.config.bos_token_id)
+    return path
+
+
+def divergence(installation, file: Path, logits: Path, *options: object, **variables: str) -> float:
+    """The mean KL divergence of a file's logits from `logits`."""
+    arguments = ["-m", file, "--kl-divergence", "--kl-divergence-base", logits, *options]
+    arguments += ["-c", CONTEXT, "-b", CONTEXT]
+    printed = "".join(run_tool(installation, "llama-perplexity", *arguments, **variables))
+    found = re.search(r"Mean +KLD: +(\S+)", printed)
+    assert found, printed[-2000:]
+    return float(found[1])
 
 
 @TYPES
 @pytest.mark.parametrize("columns", [1, 2, 5, 8, 9, 128, 256])
-def test_perplexity_as_on_the_cpu(installation, converted, block_type, columns) -> None:
+def test_as_exact_as_the_cpu(installation, converted, float_logits, block_type, columns) -> None:
+    """Activations in 8 bits are what makes a difference. No kernel takes a scale for more of them
+    than the CPU's; half as much again is for chance."""
     file = getattr(converted, block_type)
-    on_cpu = perplexity_of(installation, file, "-ngl", 0, "--device", "none")
+    on_cpu = divergence(installation, file, float_logits, *ON_CPU)
     for variables in ({}, {"GGML_CUDA_DISABLE_FUSION": "1"}, {"GGML_CUDA_DISABLE_GRAPHS": "1"}):
-        on_gpu = perplexity_of(installation, file, "-ngl", 99, "-ub", columns, **variables)
-        assert on_gpu == pytest.approx(on_cpu, rel=0.002), variables
+        options = ["-ngl", 99, "-ub", columns]
+        on_gpu = divergence(installation, file, float_logits, *options, **variables)
+        assert on_gpu <= 1.5 * on_cpu, variables
+
+
+def perplexity_of(installation, file, *options: object) -> float:
+    arguments = ["-f", EXAMPLE_TEXT, "-c", CONTEXT, "-b", CONTEXT, "--chunks", CHUNKS, *options]
+    return perplexity(installation, file, *arguments, env=dict(os.environ))
 
 
 @TYPES
