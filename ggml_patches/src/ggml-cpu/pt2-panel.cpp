@@ -354,16 +354,17 @@ void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int
     with_columns(n, [&](auto columns) {
         auto * blocks = (tile_block<columns> *) tile;
         for (int64_t b = first; b < last; ++b) {
-            for (int i = 0; i < columns; ++i) {
-                const float * source = x[i] + b * QK_PT2;
-                float gathered[QK_PT2];
-                if (perm) {
-                    for (int j = 0; j < QK_PT2; ++j) {
-                        gathered[j] = x[i][perm[b * QK_PT2 + j]];
+            float gathered[columns][QK_PT2];
+            if (perm) { // all columns at once, as what was just stored piece by piece is slow to load as a whole
+                for (int j = 0; j < QK_PT2; ++j) {
+                    const int32_t from = perm[b * QK_PT2 + j];
+                    for (int i = 0; i < columns; ++i) {
+                        gathered[i][j] = x[i][from];
                     }
-                    source = gathered;
                 }
-                quantize_block<columns>(source, i, blocks + b);
+            }
+            for (int i = 0; i < columns; ++i) {
+                quantize_block<columns>(perm ? gathered[i] : x[i] + b * QK_PT2, i, blocks + b);
             }
         }
     });
