@@ -128,19 +128,25 @@ inline void add_planes(const block_panel * panel, int first_row, int half, int p
             rows01[v][pair] = rows23[v][pair] = no_sums();
         }
     }
-    UNROLL for (int s = 0; s < STEPS; s += 2) {
-        int8x16_t columns[2];
+    UNROLL for (int s = 0; s < STEPS; s += 4) {
+        int8x16_t columns[2][2]; // of steps s and s + 1, s + 2 and s + 3
         UNROLL for (int pair = 0; pair < 2; ++pair) {
-            columns[pair] = vcombine_s8(vld1_s8(tile->qs[2 * pair][k][s]), vld1_s8(tile->qs[2 * pair + 1][k][s]));
+            const int64x2_t even = vreinterpretq_s64_s8(vld1q_s8(tile->qs[2 * pair][k][s]));
+            const int64x2_t odd = vreinterpretq_s64_s8(vld1q_s8(tile->qs[2 * pair + 1][k][s]));
+            columns[0][pair] = vreinterpretq_s8_s64(vzip1q_s64(even, odd));
+            columns[1][pair] = vreinterpretq_s8_s64(vzip2q_s64(even, odd));
         }
-        UNROLL for (int v = 0; v < vectors; ++v) {
-            const int32x4_t u0 = vreinterpretq_s32_s8(digits(panel->qs[s][first_row + v * LANES], k));
-            const int32x4_t u1 = vreinterpretq_s32_s8(digits(panel->qs[s + 1][first_row + v * LANES], k));
-            const int8x16_t u01 = vreinterpretq_s8_s32(vzip1q_s32(u0, u1));
-            const int8x16_t u23 = vreinterpretq_s8_s32(vzip2q_s32(u0, u1));
-            UNROLL for (int pair = 0; pair < 2; ++pair) {
-                rows01[v][pair] = vmmlaq_s32(rows01[v][pair], u01, columns[pair]);
-                rows23[v][pair] = vmmlaq_s32(rows23[v][pair], u23, columns[pair]);
+        UNROLL for (int two = 0; two < 2; ++two) {
+            UNROLL for (int v = 0; v < vectors; ++v) {
+                const uint8_t(*rows)[4] = panel->qs[s + 2 * two] + first_row + v * LANES;
+                const int32x4_t u0 = vreinterpretq_s32_s8(digits(*rows, k));
+                const int32x4_t u1 = vreinterpretq_s32_s8(digits(*(rows + PT2_PANEL_ROWS), k));
+                const int8x16_t u01 = vreinterpretq_s8_s32(vzip1q_s32(u0, u1));
+                const int8x16_t u23 = vreinterpretq_s8_s32(vzip2q_s32(u0, u1));
+                UNROLL for (int pair = 0; pair < 2; ++pair) {
+                    rows01[v][pair] = vmmlaq_s32(rows01[v][pair], u01, columns[two][pair]);
+                    rows23[v][pair] = vmmlaq_s32(rows23[v][pair], u23, columns[two][pair]);
+                }
             }
         }
     }

@@ -35,8 +35,11 @@
 #define UNROLL
 #endif
 
-// Makes the compiler read again what the pointer points to, and leave the prefetches after it where they are.
-#if defined(__GNUC__)
+// Makes the compiler read again what the pointer points to, and leave the prefetches after it where they are. On NEON
+// it would also unpack the digits of all planes at once, and spill them.
+#if defined(__GNUC__) && defined(__ARM_NEON)
+#define FORGET(pointer) __asm__ volatile("" : "+r"(pointer) : : "memory")
+#elif defined(__GNUC__)
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 #else
 #define FORGET(pointer) ((void) 0)
@@ -253,7 +256,7 @@ inline floats store_rounded(int8_t * p, floats a) {
 #elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 
 constexpr int LANES = 4;
-constexpr int SUMS = 4;
+constexpr int SUMS = 8;
 constexpr int HALVES_AT_ONCE = 1;
 constexpr float SUM_SCALE = 1;
 
