@@ -183,6 +183,8 @@ def run(options: argparse.Namespace) -> None:
     calibration = calibration_for(skeleton, options)
     plan = make_plan(skeleton, types.reason, types.stock_types())
     types.find_unexportable(plan.ternary, plan.stock)
+    if options.budget is not None and (note := _unspendable(plan.ternary)):
+        console.print(f"note: {note}")
 
     def ternarize(
         with_method: Method, work_directory: Path, alternatives: Sequence[GgmlGrid] = ()
@@ -258,6 +260,28 @@ def _require_possible(budget: float, ternary: str, bits: Mapping[str, float]) ->
             f"--budget {budget:g} would leave nothing ternary: ask for less than the "
             f"{bits[largest]:g} bits per weight of {largest}, the largest type that it spends on"
         )
+
+
+def _unspendable(shapes: Mapping[str, tuple[int, int]]) -> str:
+    """On what a budget cannot be spent; raises Pt2Error if that is everything.
+
+    shapes: (n, m) of the weights that could be ternary, by checkpoint name.
+    """
+    from pt2gguf.ternary import CHUNK
+
+    fixed = [name for name, (_, columns) in shapes.items() if columns % CHUNK]
+    types = ", ".join(BUDGET_TYPES)
+    if len(fixed) == len(shapes):
+        raise Pt2Error(
+            f"--budget has nothing to spend bits on: {types} need rows of a multiple of {CHUNK} "
+            f"weights, and {fixed[0]} has {shapes[fixed[0]][1]}: leave --budget out"
+        )
+    if not fixed:
+        return ""
+    return (
+        f"{len(fixed)} of {len(shapes)} matrices, such as {fixed[0]}, stay ternary whatever the "
+        f"budget, as {types} need rows of a multiple of {CHUNK} weights"
+    )
 
 
 def _parse_tensor_types(rules: list[str]) -> list[tuple[re.Pattern[str], str]]:

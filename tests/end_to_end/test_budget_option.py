@@ -103,6 +103,24 @@ def test_closer_to_full_precision_than_all_ternary(
     assert divergence(file) < divergence(converted.tq1_1)
 
 
+@pytest.mark.parametrize("intermediate", [256, 384])
+def test_rows_that_fit_no_other_type(tmp_path: Path, intermediate: int) -> None:
+    """Some of them, or all: llama.cpp's types take 256 weights at a time."""
+    model = save_model(
+        tmp_path / "model", "llama", vocab_size=VOCABULARY, intermediate_size=intermediate
+    )
+    for name in TOKENIZER_FILES:
+        shutil.copy(EXAMPLE_MODEL / name, model)
+    options = ["--calibration", EXAMPLE_TEXT, "--samples", 16, "--length", 48, "--budget", 2.4]
+    finished = run_pt2gguf("convert", model, tmp_path / "out.gguf", *options, check=False)
+    if intermediate % 256:
+        assert finished.returncode == 2
+        assert "nothing to spend bits on" in finished.stderr
+    else:
+        assert finished.returncode == 0, finished.stderr
+        assert "note: 12 of 14 matrices" in finished.stdout
+
+
 def test_experts_share_a_type(tmp_path: Path, llama_cpp: LlamaCpp) -> None:
     """Those of a projection are one tensor in the file, which llama.cpp computes with."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}

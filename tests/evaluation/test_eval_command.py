@@ -147,7 +147,7 @@ def test_figures_are_those_of_transformers(
     divergence = (p.exp() * (p - q)).sum(-1).mean().item()
     agreement = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     found = figures(measured, converted.name)
-    # llama.cpp rounds activations to 8 bits, which costs 0.0006 of divergence (docs/quality.md)
+    # llama.cpp rounds activations to 8 bits, which costs 0.0009 of divergence (docs/quality.md)
     # and moves the other figures by about its square root.
     assert math.log(found["llama_cpp_perplexity"]) == pytest.approx(loss, abs=0.03)
     assert found["kl_divergence"] == pytest.approx(divergence, rel=0.03)

@@ -6,10 +6,10 @@
 // cores read, by one bulk copy each into a ring of stages; the weights as they are in memory, each warp its own rows.
 // Digits are unpacked in registers, which is where the tensor cores take their first operand from.
 //
-// Activations have one scale for 128 columns here, elsewhere one for 32: the float operations for each block of each
-// result, not the tensor cores, bind this kernel. What is left of them is the integers' conversion, one product and one
-// multiply-add. The offsets' part of the results, mu - alpha times the activations' sums, is a small matmul of its own
-// in tf32. alpha and mu are exact there, and the sums come in two parts.
+// Activations have one scale for 128 columns here, as on CPUs; the other kernels have one for 32. The float operations
+// for each block of each result, not the tensor cores, bind this kernel. What is left of them is the integers'
+// conversion, one product and one multiply-add. The offsets' part of the results, mu - alpha times the activations'
+// sums, is a small matmul of its own in tf32. alpha and mu are exact there, and the sums come in two parts.
 //
 // When there are too few tiles for the GPU, a cluster of thread blocks shares one: each takes a part of the blocks, and
 // the results come together through distributed shared memory, always in the same order.
