@@ -36,6 +36,7 @@ CONVERSIONS = {
     "TQ1_1, both Q5_K": [*SHARED_WORK, "--embedding-type=q5_k", "--output-type=q5_k"],
     "TQ1_1, both Q4_K": [*SHARED_WORK, "--embedding-type=q4_k", "--output-type=q4_k"],
     "TQ1_1, --no-tuning --written 0": ["--no-tuning", "--written=0"],
+    "TQ1_1, --budget 2.32": ["--budget=2.32"],
     "TQ1_1, --budget 2.67": ["--budget=2.67"],
     "TQ1_1, --budget 2.67 --written 1024": ["--budget=2.67", "--written=1024"],
     "TQ1_1, --written 256": ["--written=256"],

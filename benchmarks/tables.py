@@ -52,7 +52,7 @@ GPU_TESTS = ("pp128", "pp512", "tg256", "pp128+tg256")
 # What the README shows: the files that others would pick, and ours.
 SHORT = (
     *("F16", "Q2_K", "IQ2_XS", "IQ2_XXS", "IQ1_M"),
-    *("TQ1_1", "TQ1_1, --written 1024", "TQ1_1, --budget 2.67"),
+    *("TQ1_1", "TQ1_1, --written 1024", "TQ1_1, --budget 2.32", "TQ1_1, --budget 2.67"),
 )
 
 
