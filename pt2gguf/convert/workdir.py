@@ -1,4 +1,4 @@
-"""The work directory: one safetensors file of ternary weights for each finished decoder layer."""
+"""The work directory: one safetensors file of rounded weights for each finished decoder layer."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class WorkDirectory:
     block (the layout of TQ2_1); and NAME#perm, (m,) int32, unless it is the identity. NAME#q4_k,
     (n, bytes of a row) uint8, are its rows in a stock type.
 
-    outputs-0000.safetensors and so on hold, until that layer is ternary, the second moments of the
+    outputs-0000.safetensors and so on hold, until that layer is rounded, the second moments of the
     gradients at its outputs: KEY#0 and so on, (r, r) float32, for the parts of the outputs of the
     weights that are ternarized together (`group_key`).
 
@@ -178,20 +178,20 @@ class WorkDirectory:
 
     @property
     def tunes(self) -> bool:
-        """Whether the grids are to be tuned once all layers are ternary."""
+        """Whether the grids are to be tuned once all layers are rounded."""
         return self.settings.method.get("tuning_epochs", 0) > 0
 
     def has_layer(self, index: int) -> bool:
-        """Whether layer `index` is ternary; a damaged file is one that is not there."""
+        """Whether layer `index` is rounded; a damaged file is one that is not there."""
         return self._read_layer(self._file(index), index) is not None
 
-    def is_ternary(self) -> bool:
+    def is_rounded(self) -> bool:
         """Whether all layers are."""
         return all(self.has_layer(index) for index in range(self.settings.layers))
 
     def is_complete(self) -> bool:
-        """Whether nothing is left to do: all layers are ternary, and tuned if they are to be."""
-        return self.is_ternary() and (
+        """Whether nothing is left to do: all layers are rounded, and tuned if they are to be."""
+        return self.is_rounded() and (
             not self.tunes
             or all(self._read_layer(self._tuned_file(i), i) for i in range(self.settings.layers))
         )
@@ -220,7 +220,7 @@ class WorkDirectory:
         return numbers
 
     def save_layer(self, index: int, layer: Layer) -> None:
-        """Store a ternary layer; it is there wholly or not at all, whatever happens meanwhile."""
+        """Store a layer; it is there wholly or not at all, whatever happens meanwhile."""
         tensors: dict[str, Tensor] = {}
         for name, weight in layer.weights.items():
             tensors |= _grid(name, weight.alpha, weight.mu)

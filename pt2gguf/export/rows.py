@@ -64,7 +64,7 @@ def read_rows(name: str, arrived: Tensor, shapes: dict[int, tuple[int, int]]) ->
     )
     if not whole_rows:
         raise Pt2Error(
-            f"llama.cpp's converter does more to tensor {name} than moving rows, so it cannot be "
-            f"ternary: keep it in a stock type with --tensor-type '{name}=q8_0'"
+            f"llama.cpp's converter does more to tensor {name} than moving rows, so it cannot "
+            f"be rounded here: keep it in a stock type with --tensor-type '{name}=q8_0'"
         )
     return RowSource(tuple(arrived.shape), weight, row)

@@ -102,7 +102,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
             checkpoint, TUNED, calibration, tmp_path / "w", reporter=_Interrupts(step)
         )
     with WorkDirectory.open_existing(tmp_path / "w") as work:
-        assert work.is_ternary()
+        assert work.is_rounded()
         assert not work.is_complete()
         assert (work.load_tuning() or (0, {}))[0] == step
     ternarize_checkpoint(checkpoint, TUNED, calibration, tmp_path / "w").close()
