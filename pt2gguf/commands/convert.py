@@ -183,8 +183,10 @@ def run(options: argparse.Namespace) -> None:
     calibration = calibration_for(skeleton, options)
     plan = make_plan(skeleton, types.reason, types.stock_types())
     types.find_unexportable(plan.ternary, plan.stock)
-    if options.budget is not None and (note := _unspendable(plan.ternary)):
-        console.print(f"note: {note}")
+    if options.budget is not None:
+        left = {n: shape for n, shape in plan.ternary.items() if types.reason(n) is None}
+        if note := _unspendable(left):
+            console.print(f"note: {note}")
 
     def ternarize(
         with_method: Method, work_directory: Path, alternatives: Sequence[GgmlGrid] = ()
@@ -265,13 +267,13 @@ def _require_possible(budget: float, ternary: str, bits: Mapping[str, float]) ->
 def _unspendable(shapes: Mapping[str, tuple[int, int]]) -> str:
     """On what a budget cannot be spent; raises Pt2Error if that is everything.
 
-    shapes: (n, m) of the weights that could be ternary, by checkpoint name.
+    shapes: (n, m) of the weights that will be ternary, by checkpoint name.
     """
     from pt2gguf.ternary import CHUNK
 
     fixed = [name for name, (_, columns) in shapes.items() if columns % CHUNK]
     types = ", ".join(BUDGET_TYPES)
-    if len(fixed) == len(shapes):
+    if fixed and len(fixed) == len(shapes):
         raise Pt2Error(
             f"--budget has nothing to spend bits on: {types} need rows of a multiple of {CHUNK} "
             f"weights, and {fixed[0]} has {shapes[fixed[0]][1]}: leave --budget out"

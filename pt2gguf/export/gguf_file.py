@@ -97,6 +97,12 @@ def _with_rounded_weights(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._reordered: list[str] = []
+            self._row_lengths: dict[str, int] = {}
+
+        def modify_tensors(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+            for new_name, tensor in super().modify_tensors(*args, **kwargs):
+                self._row_lengths[new_name] = tensor.shape[-1] if tensor.dim() else 1
+                yield new_name, tensor
 
         def get_tensors(self) -> Iterator[tuple[str, Tensor]]:
             written: set[str] = set()
@@ -157,10 +163,7 @@ def _with_rounded_weights(
                 asked = options.output_type
             if asked is None:
                 return super().tensor_force_quant(name, new_name, bid, n_dims)
-            return fitting_type(asked, self._columns(name), gguf)
-
-        def _columns(self, name: str) -> int:
-            return int(self.model_tensors[name]().shape[-1])
+            return fitting_type(asked, self._row_lengths[new_name], gguf)
 
         def write(self) -> None:
             """As the converter's own, without a progress bar in files and pipes."""

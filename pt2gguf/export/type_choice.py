@@ -38,14 +38,21 @@ class TypeChoice:
         self._checkpoint = checkpoint
         self._gguf_name = gguf_name
         self._llama_cpp = llama_cpp
+        # As a tensor of a file has one type, what is asked for one expert is asked for all.
+        self._parts: dict[str, list[str]] = {}
+        for name in checkpoint.tensors:
+            if new_name := gguf_name(name):
+                self._parts.setdefault(new_name, []).append(name)
         self._unexportable: dict[str, str] = {}
 
     def tensor_type(self, name: str, new_name: str | None) -> str | None:
         """Of the tensor that has these names in the checkpoint and in the GGUF file."""
+        parts = self._parts.get(new_name or "", [name])
+        names = [*parts, new_name or name]
         for pattern, stock_type in self._rules:
-            if pattern.search(name) or (new_name and pattern.search(new_name)):
+            if any(map(pattern.search, names)):
                 return stock_type
-        return self.by_budget.get(name)
+        return next((self.by_budget[part] for part in parts if part in self.by_budget), None)
 
     def reason(self, name: str) -> str | None:
         """Why a matrix is to stay in a stock type; None if it is not."""

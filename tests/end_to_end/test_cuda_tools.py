@@ -92,13 +92,20 @@ def divergence(installation, file: Path, logits: Path, *options: object, **varia
     return float(found[1])
 
 
+@pytest.fixture(scope="module")
+def on_cpu(installation, converted, float_logits) -> float:
+    """The CPU's divergence, which is the same for both files."""
+    return divergence(installation, converted.tq2_1, float_logits, *ON_CPU)
+
+
 @TYPES
 @pytest.mark.parametrize("columns", [1, 2, 5, 8, 9, 128, 256])
-def test_as_exact_as_the_cpu(installation, converted, float_logits, block_type, columns) -> None:
+def test_as_exact_as_the_cpu(
+    installation, converted, float_logits, on_cpu, block_type, columns
+) -> None:
     """Activations in 8 bits are what makes a difference. No kernel takes a scale for more of them
     than the CPU's; half as much again is for chance."""
     file = getattr(converted, block_type)
-    on_cpu = divergence(installation, file, float_logits, *ON_CPU)
     for variables in ({}, {"GGML_CUDA_DISABLE_FUSION": "1"}, {"GGML_CUDA_DISABLE_GRAPHS": "1"}):
         options = ["-ngl", 99, "-ub", columns]
         on_gpu = divergence(installation, file, float_logits, *options, **variables)

@@ -143,8 +143,11 @@ def test_other_types_are_other_settings(converted: Converted, tmp_path: Path) ->
     [
         # gate, up and down projections of the experts
         ("ffn_up_exps=q3_k", ("TQ1_1", "Q3_K", "TQ1_1")),
-        # A file has one type for all experts, and llama.cpp's converter joins them all at once.
-        (r"experts\.1\.w3=q3_k", ("F16", "F16", "F16")),
+        # A file has one type for all experts.
+        (r"experts\.1\.w3=q3_k", ("TQ1_1", "Q3_K", "TQ1_1")),
+        (r"experts\.2\.w3=q3_k", ("TQ1_1", "Q3_K", "TQ1_1")),
+        # What is not rounded here is joined by llama.cpp's converter, which then wants all three.
+        (r"experts\.\d+\.w1=q8_0", ("Q8_0", "F16", "F16")),
     ],
 )
 def test_experts(tmp_path: Path, llama_cpp: LlamaCpp, rule: str, types: tuple[str, ...]) -> None:

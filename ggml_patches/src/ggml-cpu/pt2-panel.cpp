@@ -43,8 +43,8 @@ template <int n = TILE_COLUMNS, typename F> void with_columns(int columns, const
 
 // Multiplication -----------------------------------------------------------------------------------
 
-// How many registers of rows are multiplied with n columns at a time: so many that their sums fit the registers. A
-// single column takes a panel at once, as it has little else to keep.
+// How many registers of rows are multiplied with n columns at a time: so many that the sums being added to fit the
+// registers. A single column takes a panel at once, as it has little else to keep.
 template <int n> constexpr int vectors_for() {
     const int panel = PT2_PANEL_ROWS / LANES;
     return n == 1 ? panel : std::clamp(SUMS / n, 1, panel);
@@ -66,7 +66,7 @@ template <cache level> inline void prefetch(const void * data, size_t begin, siz
 #endif
 }
 
-// AMD's family 26.
+// AMD's family 26, which may come to have others.
 bool is_zen5() {
 #if defined(__GNUC__) && defined(__x86_64__)
     unsigned eax, ebx, ecx, edx;
@@ -378,7 +378,7 @@ void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int
 
 void pt2_panel_dot(const block_panel * panel, const void * tile, int n, int64_t blocks, int rows, float * const * out) {
     with_columns(n, [&](auto columns) {
-        const auto dot = PREFETCH_INTO_L1 ? dot_panel<L1, columns> : dot_panel<L2, columns>;
-        dot(panel, (const tile_block<columns> *) tile, blocks, rows, out);
+        const auto multiply_panel = PREFETCH_INTO_L1 ? dot_panel<L1, columns> : dot_panel<L2, columns>;
+        multiply_panel(panel, (const tile_block<columns> *) tile, blocks, rows, out);
     });
 }

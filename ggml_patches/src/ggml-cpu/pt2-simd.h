@@ -6,7 +6,7 @@
 //   for_next_plane(a)  sums over an even plane, such that the odd one after it can be added
 //   to_float(a, b)     the sums over all planes, from those over the first two and over the last two
 //   SUMS               of several columns, how many registers of sums are worked on at a time
-//   HALVES_AT_ONCE     so many times, as either two of the planes have sums of their own
+//   HALVES_AT_ONCE     of the bytes, with sums of their own: how many are worked on at a time
 //
 // Where the instruction set multiplies unsigned bytes, the digits stay in place, so that those of
 // plane k count 4^k times. All sums end up in units of the last plane; SUM_SCALE takes that back.
@@ -43,13 +43,6 @@
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 #else
 #define FORGET(pointer) ((void) 0)
-#endif
-
-// Compilers that add in another order need more registers for it than there are, which cost AVX2 a third of its speed.
-#if defined(__GNUC__)
-#define KEEP_ORDER(a) __asm__("" : "+x"(a))
-#else
-#define KEEP_ORDER(a) ((void) 0)
 #endif
 
 namespace { // internal, so that libraries for several instruction sets can be in one process
@@ -181,7 +174,10 @@ inline bytes digits(const uint8_t * p, int k) {
 
 inline sums dot(sums a, bytes u, bytes q) {
     a = _mm256_add_epi16(a, _mm256_maddubs_epi16(u, q));
-    KEEP_ORDER(a);
+#if defined(__GNUC__)
+    // Compilers that add in another order need more registers than there are, which cost a third of the speed.
+    __asm__("" : "+x"(a));
+#endif
     return a;
 }
 

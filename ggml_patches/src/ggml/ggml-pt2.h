@@ -35,7 +35,7 @@ typedef struct {
 } block_tq1_1;
 
 // Activations for both, never stored in files: x = d*qs[j], and the sum of these x. With a scale for each 32 the
-// kernel is a tenth slower; docs/speed.md has what one for 128 costs in accuracy.
+// kernel is slower; docs/speed.md has by how much, and what one for 128 costs in accuracy.
 typedef struct {
     int8_t qs[QK_PT2];
     float d;
