@@ -96,8 +96,8 @@ template <cache level> inline void prefetch_ahead(const block_panel * panel, int
 // Adds to products[h][v][i] one of the two planes in half h of the bytes, h = first_half, ...: the digits of the rows
 // first_row + v * LANES, ... times those columns of column i.
 template <int vectors, int n>
-inline void add_planes(const block_panel * panel, int first_row, int first_half, int plane, const tile_block<n> * tile,
-                       sums (&products)[HALVES][vectors][n]) {
+ALWAYS_INLINE void add_planes(const block_panel * panel, int first_row, int first_half, int plane,
+                              const tile_block<n> * tile, sums (&products)[HALVES][vectors][n]) {
     UNROLL for (int s = 0; s < STEPS; ++s) {
         UNROLL for (int h = first_half; h < first_half + HALVES_AT_ONCE; ++h) {
             const int k = 2 * h + plane;
@@ -115,12 +115,12 @@ inline void add_planes(const block_panel * panel, int first_row, int first_half,
     }
 }
 
-#if defined(__ARM_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+#if defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
 
 // Two steps at a time: vmmlaq multiplies two rows of eight digits with two columns of eight activations.
 template <int vectors>
-inline void add_planes(const block_panel * panel, int first_row, int half, int plane, const tile_block<4> * tile,
-                       sums (&products)[HALVES][vectors][4]) {
+ALWAYS_INLINE void add_planes(const block_panel * panel, int first_row, int half, int plane, const tile_block<4> * tile,
+                              sums (&products)[HALVES][vectors][4]) {
     const int k = 2 * half + plane;
     sums rows01[vectors][2], rows23[vectors][2]; // times columns 0 and 1, 2 and 3
     UNROLL for (int v = 0; v < vectors; ++v) {
@@ -164,8 +164,8 @@ inline void add_planes(const block_panel * panel, int first_row, int half, int p
 
 // products[h][v][i] = the digits of all planes in half h of the block.
 template <cache level, int vectors, int n>
-inline void multiply_block(const block_panel * panel, int first_row, const tile_block<n> * tile,
-                           sums (&products)[HALVES][vectors][n]) {
+ALWAYS_INLINE void multiply_block(const block_panel * panel, int first_row, const tile_block<n> * tile,
+                                  sums (&products)[HALVES][vectors][n]) {
     UNROLL for (int h = 0; h < HALVES; h += HALVES_AT_ONCE) {
         UNROLL for (int plane = 0; plane < 2; ++plane) {
             FORGET(panel);

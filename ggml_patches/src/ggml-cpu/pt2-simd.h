@@ -35,6 +35,15 @@
 #define UNROLL
 #endif
 
+// Arrays of registers stay in registers within one function only.
+#if defined(__GNUC__)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define ALWAYS_INLINE __forceinline
+#else
+#define ALWAYS_INLINE inline
+#endif
+
 // Makes the compiler read again what the pointer points to, and leave the prefetches after it where they are. On NEON
 // it would also unpack the digits of all planes at once, and spill them.
 #if defined(__GNUC__) && defined(__ARM_NEON)
