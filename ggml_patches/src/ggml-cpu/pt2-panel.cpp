@@ -52,7 +52,7 @@ template <int n> constexpr int vectors_for() {
 
 constexpr size_t LINE = 64;
 
-enum cache { L2 = 2, L1 = 3 };
+enum cache { L2 = 2, L1 = 3 }; // as __builtin_prefetch numbers them
 
 template <cache level> inline void prefetch(const void * data, size_t begin, size_t end) {
 #if defined(__GNUC__)
