@@ -9,7 +9,6 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLE_MODEL = REPOSITORY / "examples" / "tiny-4m"
 EXAMPLE_TEXT = REPOSITORY / "examples" / "calibration.txt"
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 VOCABULARY = 4096
 """Of the example's tokenizer."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from command_line import EXAMPLE_MODEL
+from command_line import VOCABULARY as EXAMPLE_VOCABULARY
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -77,6 +80,14 @@ def save_model(
     """Save such a model at `path` and return it."""
     make_model(kind, **changes).to(dtype).save_pretrained(path)
     return path
+
+
+def save_model_with_tokenizer(path: Path, kind: str, **changes: Any) -> Path:
+    """Save such a model at `path`, with the tokenizer of the repository's example; return it."""
+    model = save_model(path, kind, vocab_size=EXAMPLE_VOCABULARY, **changes)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE_MODEL / name, model)
+    return model
 
 
 def save_shape(path: Path, config: PretrainedConfig) -> Path:

@@ -8,15 +8,14 @@ converter; they are also compared with those that were written.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY
-from small_models import CONFIGS, save_model
+from command_line import EXAMPLE_TEXT, VOCABULARY
+from small_models import CONFIGS, save_model_with_tokenizer
 
 from pt2gguf.cli import main as pt2gguf
 from pt2gguf.convert.workdir import WorkDirectory
@@ -42,11 +41,7 @@ def test_logits_are_those_of_the_dequantized_weights(
     # llama.cpp knows no hash of the example's tokenizer where it wants a BPE one.
     conversion = import_llama_cpp(installation).conversion
     monkeypatch.setattr(conversion.TextModel, "get_vocab_base_pre", lambda *_: "qwen2")
-    model = save_model(
-        tmp_path / "model", kind, vocab_size=VOCABULARY, **AS_LLAMA_CPP.get(kind, {})
-    )
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "model", kind, **AS_LLAMA_CPP.get(kind, {}))
     file, work_directory = tmp_path / "model.gguf", tmp_path / "work"
     # f16 ends: llama.cpp's own quantization of these is not what is tested.
     options = ["--type", block_type, "--calibration", EXAMPLE_TEXT]

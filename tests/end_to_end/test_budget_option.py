@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY, run_pt2gguf
-from small_models import save_model
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
+from small_models import save_model_with_tokenizer
 
 from pt2gguf.commands.convert import BUDGET_TYPES
 from pt2gguf.convert.calibration import load_calibration
@@ -106,11 +105,7 @@ def test_closer_to_full_precision_than_all_ternary(
 @pytest.mark.parametrize("intermediate", [256, 384])
 def test_rows_that_fit_no_other_type(tmp_path: Path, intermediate: int) -> None:
     """Some of them, or all: llama.cpp's types take 256 weights at a time."""
-    model = save_model(
-        tmp_path / "model", "llama", vocab_size=VOCABULARY, intermediate_size=intermediate
-    )
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "model", "llama", intermediate_size=intermediate)
     options = ["--calibration", EXAMPLE_TEXT, "--samples", 16, "--length", 48, "--budget", 2.4]
     finished = run_pt2gguf("convert", model, tmp_path / "out.gguf", *options, check=False)
     if intermediate % 256:
@@ -124,9 +119,7 @@ def test_rows_that_fit_no_other_type(tmp_path: Path, intermediate: int) -> None:
 def test_experts_share_a_type(tmp_path: Path, llama_cpp: LlamaCpp) -> None:
     """Those of a projection are one tensor in the file, which llama.cpp computes with."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
-    model = save_model(tmp_path / "model", "mixtral", vocab_size=VOCABULARY, **shape)
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "model", "mixtral", **shape)
     output, text, record = (tmp_path / name for name in ("out.gguf", "text.txt", "record.json"))
     run_pt2gguf("convert", model, output, *COMMON[:-3], 48, "--type", "tq1_1", "--budget", 2.5)
     tensors = llama_cpp.gguf.GGUFReader(output).tensors

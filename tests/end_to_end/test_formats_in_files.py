@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY, run_pt2gguf
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, VOCABULARY, run_pt2gguf
 from safetensors.torch import load_file
-from small_models import save_model
+from small_models import save_model_with_tokenizer
 
 from pt2gguf import __version__
 from pt2gguf.blocks import BLOCK_SIZE, BLOCK_TYPES, BlockType
@@ -280,9 +280,7 @@ def assert_close(actual: np.ndarray, tensor: Any, tolerance: float) -> None:
 def test_stock_types_are_those_asked_for(tmp_path, gguf) -> None:
     """By GGUF name and by checkpoint name; rows then stay where the converter puts them."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
-    model = save_model(tmp_path / "model", "llama", vocab_size=VOCABULARY, **shape)
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "model", "llama", **shape)
     file = tmp_path / "out.gguf"
     options = ["--output-type", "q8_0", "--embedding-type", "q4_k"]
     options += ["--tensor-type", r"blk\.\d+\.attn_v=f16"]

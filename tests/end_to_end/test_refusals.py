@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY, run_pt2gguf
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
 from safetensors.torch import load_file, save_file
-from small_models import save_model
+from small_models import save_model_with_tokenizer
 
 SHORT = ["--calibration", EXAMPLE_TEXT, "--samples", 2, "--length", 64]
 
@@ -127,9 +127,7 @@ def test_nothing_left_to_ternarize(tmp_path: Path, model: Path) -> None:
 
 
 def test_rows_that_are_not_a_multiple_of_128_stay_in_a_stock_type(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "odd", "llama", vocab_size=VOCABULARY, intermediate_size=160)
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "odd", "llama", intermediate_size=160)
     finished = run_pt2gguf("convert", model, tmp_path / "odd.gguf", *SHORT[:-1], 48)
     assert "row length 160 is not a multiple of 128" in finished.stdout
     assert "down_proj" in finished.stdout
@@ -163,9 +161,7 @@ def test_interpreter_without_llama_cpp(tmp_path: Path, monkeypatch, model: Path)
 
 
 def test_tokenizer_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "moe", "qwen3_moe", vocab_size=VOCABULARY)
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "moe", "qwen3_moe")
     error = refusal(tmp_path, model, *SHORT[:-1], 48)
     assert "cannot write the vocabulary" in error
     assert "BPE pre-tokenizer was not recognized" in error
@@ -202,9 +198,7 @@ def test_experts_of_one_projection_stay_together(tmp_path: Path, monkeypatch, ca
 
     llama_cpp = import_llama_cpp(find_installation())
     monkeypatch.setattr(llama_cpp.conversion.TextModel, "get_vocab_base_pre", lambda *_: "qwen2")
-    model = save_model(tmp_path / "moe", "qwen3_moe", vocab_size=VOCABULARY)
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "moe", "qwen3_moe")
     for rule in (r"experts\.\d+\.up_proj=q8_0", "ffn_up_exps=q8_0"):
         output = tmp_path / f"{len(rule)}.gguf"
         arguments = ["convert", model, output, *SHORT[:-1], 48, "--tensor-type", rule]

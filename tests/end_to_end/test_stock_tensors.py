@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, TOKENIZER_FILES, VOCABULARY, run_pt2gguf
-from small_models import save_model
+from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT, run_pt2gguf
+from small_models import save_model_with_tokenizer
 from test_formats_in_files import CONFIG, kill_after_layer, rotary_order, tensors_of
 
 from pt2gguf.convert.calibration import load_tokenizer, tokenize
@@ -152,9 +151,7 @@ def test_other_types_are_other_settings(converted: Converted, tmp_path: Path) ->
 )
 def test_experts(tmp_path: Path, llama_cpp: LlamaCpp, rule: str, types: tuple[str, ...]) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
-    model = save_model(tmp_path / "model", "mixtral", vocab_size=VOCABULARY, **shape)
-    for name in TOKENIZER_FILES:
-        shutil.copy(EXAMPLE_MODEL / name, model)
+    model = save_model_with_tokenizer(tmp_path / "model", "mixtral", **shape)
     file = tmp_path / "out.gguf"
     run_pt2gguf("convert", model, file, *OPTIONS[:8], "--length", 48, "--tensor-type", rule)
     tensors = tensors_of(file, llama_cpp.gguf)
