@@ -272,14 +272,14 @@ def _unspendable(shapes: Mapping[str, tuple[int, int]]) -> str:
     from pt2gguf.ternary import CHUNK
 
     fixed = [name for name, (_, columns) in shapes.items() if columns % CHUNK]
+    if not fixed:
+        return ""
     types = ", ".join(BUDGET_TYPES)
-    if fixed and len(fixed) == len(shapes):
+    if len(fixed) == len(shapes):
         raise Pt2Error(
             f"--budget has nothing to spend bits on: {types} need rows of a multiple of {CHUNK} "
             f"weights, and {fixed[0]} has {shapes[fixed[0]][1]}: leave --budget out"
         )
-    if not fixed:
-        return ""
     return (
         f"{len(fixed)} of {len(shapes)} matrices, such as {fixed[0]}, stay ternary whatever the "
         f"budget, as {types} need rows of a multiple of {CHUNK} weights"

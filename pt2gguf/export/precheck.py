@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ def find_unexportable(
         shapes: (n, m) of the weights that are to be rounded, by checkpoint name.
         types: the types that they are to have in the file.
     """
+    new_converter = partial(llama_cpp.converter, checkpoint)
     tried: dict[frozenset[tuple[str, str]], dict[str, str]] = {}
     refused: dict[str, str] = {}
     for names in _by_layer(shapes).values():
         alike = frozenset((_kind(name), types[name]) for name in names)
         if alike not in tried:
-            found = _unexportable_in_layer(
-                checkpoint, {name: shapes[name] for name in names}, types, llama_cpp
-            )
+            layer = {name: shapes[name] for name in names}
+            found = _unexportable_in_layer(new_converter, layer, types)
             tried[alike] = {_kind(name): reason for name, reason in found.items()}
         reasons = tried[alike]
         refused |= {name: reasons[_kind(name)] for name in names if _kind(name) in reasons}
@@ -76,15 +77,14 @@ def _layer_number(name: str) -> int:
 
 
 def _unexportable_in_layer(
-    checkpoint: Path,
+    new_converter: Callable[[], Any],
     shapes: Mapping[str, tuple[int, int]],
     types: Mapping[str, str],
-    llama_cpp: LlamaCpp,
 ) -> dict[str, str]:
     """Tries again without what was refused, as the converter may refuse others for that."""
     refused: dict[str, str] = {}
     while left := {name: shape for name, shape in shapes.items() if name not in refused}:
-        found = _try_layer(llama_cpp.converter(checkpoint), left, types)
+        found = _try_layer(new_converter(), left, types)
         if not found:
             break
         refused |= found

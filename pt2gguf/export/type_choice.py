@@ -34,7 +34,8 @@ class TypeChoice:
         """Checkpoint name -> type."""
         self.grid_of = lru_cache(lambda kind: GgmlGrid(kind, llama_cpp.gguf, llama_cpp.ggml))
         """From one of GRIDS; made when it is needed, as ggml's library is loaded for it."""
-        self._rules = rules
+        # Asked again for every expert, with the names of all of them.
+        self._by_rule = lru_cache(lambda names: _first_rule(rules, names))
         self._checkpoint = checkpoint
         self._gguf_name = gguf_name
         self._llama_cpp = llama_cpp
@@ -48,10 +49,8 @@ class TypeChoice:
     def tensor_type(self, name: str, new_name: str | None) -> str | None:
         """Of the tensor that has these names in the checkpoint and in the GGUF file."""
         parts = self._parts.get(new_name or "", [name])
-        names = [*parts, new_name or name]
-        for pattern, stock_type in self._rules:
-            if any(map(pattern.search, names)):
-                return stock_type
+        if stock_type := self._by_rule((*parts, new_name or name)):
+            return stock_type
         return next((self.by_budget[part] for part in parts if part in self.by_budget), None)
 
     def reason(self, name: str) -> str | None:
@@ -85,3 +84,8 @@ class TypeChoice:
             return None
         kind = self._type(name)
         return self.grid_of(kind) if kind in GRIDS else None
+
+
+def _first_rule(rules: Sequence[Rule], names: tuple[str, ...]) -> str | None:
+    """What the first rule that matches one of the names asks for."""
+    return next((kind for rule, kind in rules if any(map(rule.search, names))), None)

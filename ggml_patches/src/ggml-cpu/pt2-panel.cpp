@@ -138,9 +138,9 @@ ALWAYS_INLINE void add_planes(const block_panel * panel, int first_row, int half
         }
         UNROLL for (int two = 0; two < 2; ++two) {
             UNROLL for (int v = 0; v < vectors; ++v) {
-                const uint8_t(*rows)[4] = panel->qs[s + 2 * two] + first_row + v * LANES;
-                const int32x4_t u0 = vreinterpretq_s32_s8(digits(*rows, k));
-                const int32x4_t u1 = vreinterpretq_s32_s8(digits(*(rows + PT2_PANEL_ROWS), k));
+                const int step = s + 2 * two, row = first_row + v * LANES;
+                const int32x4_t u0 = vreinterpretq_s32_s8(digits(panel->qs[step][row], k));
+                const int32x4_t u1 = vreinterpretq_s32_s8(digits(panel->qs[step + 1][row], k));
                 const int8x16_t u01 = vreinterpretq_s8_s32(vzip1q_s32(u0, u1));
                 const int8x16_t u23 = vreinterpretq_s8_s32(vzip2q_s32(u0, u1));
                 UNROLL for (int pair = 0; pair < 2; ++pair) {

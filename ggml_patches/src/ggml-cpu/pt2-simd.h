@@ -173,7 +173,8 @@ inline floats to_float(sums a, sums b) {
 #else
 
 // Sums stay 16 bits wide, two to a lane: the eight steps of two planes, with digits up to 2*4, reach 2*8*2*8*127 =
-// 32512. The last two planes are shifted to where the first two are.
+// 32512. (Digits of 3, which only damaged files have, would wrap.) The last two planes are shifted to where the first
+// two are.
 constexpr float SUM_SCALE = 1.0f / 4;
 
 inline bytes digits(const uint8_t * p, int k) {
