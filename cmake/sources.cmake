@@ -36,11 +36,12 @@ foreach(target ggml-cuda ggml-hip)
     endif()
 endforeach()
 
-# The matmul for Hopper, whatever other architectures are asked for: it is in sm_90a only.
+# The kernels for Hopper, whatever other architectures are asked for: they are in sm_90a only.
 if(TARGET ggml-cuda)
     enable_language(CUDA)
     if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0)
-        add_library(pt2-hopper OBJECT "${PT2_PATCHES}/src/ggml-cuda/pt2-hopper.cu")
+        add_library(pt2-hopper OBJECT "${PT2_PATCHES}/src/ggml-cuda/pt2-hopper.cu"
+            "${PT2_PATCHES}/src/ggml-cuda/pt2-hopper-vec.cu")
         set_target_properties(pt2-hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON
             EXPORT_COMPILE_COMMANDS ON)
         foreach(property INCLUDE_DIRECTORIES COMPILE_DEFINITIONS COMPILE_OPTIONS COMPILE_FEATURES)

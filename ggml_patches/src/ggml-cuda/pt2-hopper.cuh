@@ -1,13 +1,18 @@
-// Matmul for many columns on Hopper.
+// What runs on Hopper only.
 #pragma once
 
-#include "pt2-cuda.cuh"
+#include "pt2-mmvq.cuh"
 
-// Products of the same activations, type and column order; false: they are not for it.
+// pt2_mul_mat_hopper, many columns: products of the same activations, type and column order.
+// pt2_mul_mat_vec_hopper, one column. Both return false for what is not for them.
 #if defined(PT2_HOPPER) // the compiler knows sm_90a
 bool pt2_mul_mat_hopper(ggml_backend_cuda_context & ctx, ggml_tensor * const * dsts, int n);
+bool pt2_mul_mat_vec_hopper(ggml_type type, const mmv_args & args, cudaStream_t stream);
 #else
 static inline bool pt2_mul_mat_hopper(ggml_backend_cuda_context &, ggml_tensor * const *, int) {
+    return false;
+}
+static inline bool pt2_mul_mat_vec_hopper(ggml_type, const mmv_args &, cudaStream_t) {
     return false;
 }
 #endif

@@ -7,141 +7,10 @@
 // before the activations are even there.
 #include "mmq.cuh"
 #include "mmvq.cuh"
-#include "pt2-cuda.cuh"
-#include "pt2-group.cuh"
 #include "pt2-hopper.cuh"
-#include "unary.cuh"
+#include "pt2-mmvq.cuh"
 
 #define PT2_MMV_WARPS 4
-
-struct mmv_args {
-    pt2_group group;           // the weights and where the results go, more than one only for matrices
-    const char * gate;         // weights of the gate, or NULL
-    const int8_t * y;          // quantized activations
-    const int8_t * y_gate;     // the same in the gate's column order
-    const pt2_vec_scales * ys; // their scales
-    const pt2_vec_scales * ys_gate;
-    const int32_t * ids; // experts, or NULL
-    const float * bias;  // NULL, or like dst, or for ids one row per expert
-    const float * gate_bias;
-    int nblocks;              // per row
-    int nblocks_y;            // per row of y, with padding
-    int64_t nb01, nb02, nb03; // bytes
-    uint3 ne12;               // channels of y, for ids rows of y per token
-    uint3 r2, r3;             // channels and samples of y for one of x
-    int64_t stride_y;         // rows of y from one channel, for ids one token, to the next
-    int64_t s2, s3;           // of dst and bias, in elements, as s1 is; for ids s1 is a slot's, s2 a token's
-    int64_t ids_stride;       // from token to token
-    int64_t s_bias;           // from expert to expert
-    ggml_glu_op glu_op;
-    float glu_limit;
-};
-
-// What one lane does with its part of a block.
-template <ggml_type type> struct lane_part;
-
-// Words 2*part and 2*part + 1 of all four planes.
-template <> struct lane_part<GGML_TYPE_TQ2_1> {
-    static constexpr int parts = pt2_vec_parts(GGML_TYPE_TQ2_1);
-    static constexpr int steps = 4; // loaded at once
-    static constexpr int ints = 8;  // of activations
-    static constexpr int planes = 4;
-
-    int q[2];
-    half2 scales;
-
-    __device__ __forceinline__ void load(const char * at, const int part) {
-        const int * block = (const int *) at;
-        scales = *(const half2 *) block;
-        q[0] = block[1 + 2 * part];
-        q[1] = block[2 + 2 * part];
-    }
-
-    // The digits stay where they are in their bytes, the activations' scales make up for it.
-    __device__ __forceinline__ void digits(int (&u)[ints], const int part) const {
-#pragma unroll
-        for (int k = 0; k < planes; ++k) {
-            u[2 * k + 0] = q[0] & (0x03030303 << 2 * k);
-            u[2 * k + 1] = q[1] & (0x03030303 << 2 * k);
-#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
-            if (k == 3) { // as signed bytes they would not fit
-                u[6] = (q[0] >> 6) & 0x03030303;
-                u[7] = (q[1] >> 6) & 0x03030303;
-            }
-#endif
-        }
-        GGML_UNUSED(part);
-    }
-
-    static __device__ __forceinline__ float plane_scale(const float * d, const int k) {
-#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
-        return k == 3 ? 64.0f * d[k] : d[k];
-#else
-        return d[k];
-#endif
-    }
-
-    // The plane of an int of activations.
-    static constexpr __device__ int plane(const int i) {
-        return i / 2;
-    }
-    static constexpr __device__ int sum_of(const int part) {
-        return part / 2;
-    }
-};
-
-// Words 3*part to 3*part + 2 of all five planes, and two of the tail's four planes.
-template <> struct lane_part<GGML_TYPE_TQ1_1> {
-    static constexpr int parts = pt2_vec_parts(GGML_TYPE_TQ1_1);
-    static constexpr int steps = 2;
-    static constexpr int ints = 16;
-    static constexpr int planes = 6;
-
-    uint32_t q[3];
-    uint32_t tail;
-    half2 scales;
-
-    // Blocks are 30 bytes: every other one starts in the middle of a word.
-    __device__ __forceinline__ void load(const char * block, const int part) {
-        const uintptr_t at = (uintptr_t) (block + 4 + 12 * part);
-        const int shift = 8 * (at % 4);
-        const uint32_t * word = (const uint32_t *) (at - at % 4);
-        uint32_t w[4] = { word[0], word[1], word[2], 0 };
-        if (shift) {
-            w[3] = word[3];
-        }
-#pragma unroll
-        for (int i = 0; i < 3; ++i) {
-            q[i] = __funnelshift_r(w[i], w[i + 1], shift);
-        }
-        const half * head = (const half *) block;
-        scales = make_half2(head[0], head[1]);
-        tail = *(const uint16_t *) (block + 28);
-    }
-
-    __device__ __forceinline__ void digits(int (&u)[ints], const int part) const {
-#pragma unroll
-        for (int i = 0; i < 3; ++i) {
-            int d[5];
-            pt2_digits_tq1_1(q[i], d);
-#pragma unroll
-            for (int k = 0; k < 5; ++k) {
-                u[3 * k + i] = d[k];
-            }
-        }
-        u[15] = pt2_tail_digits_tq1_1(tail, part);
-    }
-
-    static __device__ __forceinline__ float plane_scale(const float * d, const int k) {
-        return d[k];
-    }
-    static constexpr __device__ int plane(const int i) {
-        return i / 3;
-    }
-    static constexpr __device__ int sum_of(const int part) {
-        return part;
-    }
-};
 
 // A lane's activations of one block.
 template <ggml_type type> struct lane_activations {
@@ -187,21 +56,6 @@ static __device__ __forceinline__ float dot(const int (&u)[lane_part<type>::ints
         sum += lanes::plane_scale(y.d, k) * (float) dot;
     }
     return scales.x * sum + (scales.y - scales.x) * y.s;
-}
-
-static __device__ __forceinline__ float glu(const mmv_args & args, const float gate, const float x) {
-    switch (args.glu_op) {
-    case GGML_GLU_OP_SWIGLU:
-        return x * ggml_cuda_op_silu_single(gate);
-    case GGML_GLU_OP_GEGLU:
-        return x * ggml_cuda_op_gelu_single(gate);
-    case GGML_GLU_OP_SWIGLU_OAI:
-        return ggml_cuda_op_swiglu_oai_single(gate, x);
-    case GGML_GLU_OP_SWIGLU_CLAMP:
-        return ggml_cuda_op_swiglu_clamp_single(gate, x, args.glu_limit);
-    default:
-        return x * gate;
-    }
 }
 
 enum gate_mode { NO_GATE, GATE_SHARES_Y, GATE_HAS_Y };
@@ -373,12 +227,7 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
         for (int j = 0; j < ncols; ++j) {
             float result = sum[0][j][i];
             if constexpr (ncols == 1) { // upstream fuses nothing else
-                if (args.bias) {
-                    result += args.bias[at_bias];
-                }
-                if constexpr (gated != NO_GATE) {
-                    result = glu(args, sum[1][j][i] + (args.gate_bias ? args.gate_bias[at_bias] : 0.0f), result);
-                }
+                result = finish < gated != NO_GATE > (args, result, sum[matrices - 1][j][i], at_bias);
             }
             product.dst[offset + j * product.s1 + row] = result;
         }
@@ -394,6 +243,9 @@ static void launch(mmv_args args, const dim3 grid_yz, cudaStream_t stream) {
 
 template <ggml_type type>
 static void launch_for(const mmv_args & args, const int ncols, const dim3 grid_yz, cudaStream_t stream) {
+    if (ncols == 1 && grid_yz.y * grid_yz.z == 1 && pt2_mul_mat_vec_hopper(type, args, stream)) {
+        return;
+    }
     // More rows per warp share the loads of the activations, but then there are fewer warps: of few rows and many
     // columns two warps take a half each. (What is fastest on an H200: benchmarks/results/cuda-matvec-h200.log.)
     const int64_t nrows = args.group.nrows() * grid_yz.y * grid_yz.z;
