@@ -120,13 +120,19 @@ def perplexity_of(installation, file, *options: object) -> float:
 @TYPES
 @pytest.mark.parametrize("mode", ["layer", "tensor"])
 @pytest.mark.parametrize("columns", [1, 256])
-def test_two_gpus_as_one(installation, converted, gpus, block_type, mode, columns) -> None:
-    """llama.cpp has no --split-mode row on CUDA any more: tensor took its place."""
+def test_two_gpus_as_one(
+    installation, converted, float_logits, on_cpu, gpus, block_type, mode, columns
+) -> None:
+    """Layers are computed as on one GPU; halves of matrices by kernels that suit their shapes, of
+    which some have other scales for the activations. (llama.cpp has no --split-mode row on CUDA any
+    more: tensor took its place.)"""
     if len(gpus) < 2:
         pytest.skip("needs two GPUs")
     file = getattr(converted, block_type)
     options = ["-ngl", 99, "-ub", columns]
-    one = perplexity_of(installation, file, *options, "--device", gpus[0])
     halves = ["--device", ",".join(gpus[:2]), "--split-mode", mode, "--tensor-split", "1,1"]
-    two = perplexity_of(installation, file, *options, *halves)
-    assert two == pytest.approx(one, rel=0.002)
+    if mode == "layer":
+        one = perplexity_of(installation, file, *options, "--device", gpus[0])
+        two = perplexity_of(installation, file, *options, *halves)
+        assert two == pytest.approx(one, rel=0.002)
+    assert divergence(installation, file, float_logits, *options, *halves) <= 1.5 * on_cpu
