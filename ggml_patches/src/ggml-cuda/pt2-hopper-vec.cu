@@ -3,8 +3,7 @@
 // Every multiprocessor has one thread block, with an equal share of the rows. A lane has a whole block of 128 columns,
 // the same one of every row, so that its activations are loaded once and stay in registers; a row of more than 32
 // blocks is split between warps. Each warp has a ring of stages that bulk copies fill with its pieces of rows, first
-// while the kernel before is still running. In pt2-mmvq.cu most instructions load activations, apply scales and
-// compute addresses; there are half as many here.
+// while the kernel before is still running.
 #include "pt2-barrier.cuh"
 #include "pt2-hopper.cuh"
 
