@@ -347,11 +347,21 @@ def test_activations_that_are_not_finite(tmp_path: Path, calibration: Calibratio
         match=r"^\d+ inputs of model.layers.1.self_attn.q_proj.weight are NaN, infinite or too l",
     ):
         ternarize_checkpoint(checkpoint, NO_OUTPUTS, calibration, tmp_path / "w")
+
+
+def test_gradients_that_are_not_finite(tmp_path: Path, calibration: Calibration) -> None:
+    """What the values' projection gives is tiny, and what the next one makes of it is not."""
+    path = save_model(tmp_path / "m", "llama")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"] *= 1e-30
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 1e30
+    save_file(tensors, path / "model.safetensors")
     with pytest.raises(
         Pt2Error,
-        match=r"^the gradients at the outputs of model.layers.1.\S+ .*NaN, infinite or too l",
+        match=r"^the gradients at the outputs of model.layers.1.self_attn\S+ .*"
+        "NaN, infinite or too large",
     ):
-        ternarize_checkpoint(checkpoint, DEFAULT, calibration, tmp_path / "w", force=True)
+        ternarize_checkpoint(Checkpoint(path), DEFAULT, calibration, tmp_path / "w")
 
 
 def test_outputs_that_are_not_finite(tmp_path: Path, calibration: Calibration) -> None:
