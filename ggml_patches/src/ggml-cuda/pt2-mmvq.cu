@@ -227,7 +227,7 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
         for (int j = 0; j < ncols; ++j) {
             float result = sum[0][j][i];
             if constexpr (ncols == 1) { // upstream fuses nothing else
-                result = finish < gated != NO_GATE > (args, result, sum[matrices - 1][j][i], at_bias);
+                result = finish<(gated != NO_GATE)>(args, result, sum[matrices - 1][j][i], at_bias);
             }
             product.dst[offset + j * product.s1 + row] = result;
         }
