@@ -13,7 +13,13 @@ from command_line import EXAMPLE_MODEL
 from command_line import VOCABULARY as EXAMPLE_VOCABULARY
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    Gemma3Config,
+    GptOssConfig,
+    Lfm2Config,
     LlamaConfig,
+    Mistral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -65,13 +71,74 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 3, "num_experts_per_tok": 2}),
 }
 
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+# With something about them that llama.cpp's converter, transformers or both treat in a way of their
+# own, but nothing new to ternarize.
+ODD_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    # The bias of its routers is renamed.
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 128,
+            "q_lora_rank": 128,
+            "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 128,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    # The converter reads all tensors twice.
+    "gpt_oss": (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Has a cache of its own.
+    "lfm2": (
+        Lfm2Config,
+        {"layer_types": ["conv", "full_attention"], "tie_word_embeddings": True},
+    ),
+    # Parts of models that read images.
+    "gemma3": (
+        Gemma3Config,
+        {
+            "vision_config": _VISION,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral3": (
+        Mistral3Config,
+        {
+            "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16},
+            "model_type": "mistral",
+            "sliding_window": None,
+        },
+    ),
+}
+
 
 def make_model(kind: str, **changes: Any) -> PreTrainedModel:
-    """A float32 model of an architecture of `CONFIGS`; the same one every time."""
-    config_class, values = CONFIGS[kind]
+    """A float32 model of an architecture of `CONFIGS` or `ODD_CONFIGS`; the same one every time."""
+    config_class, values = (CONFIGS | ODD_CONFIGS)[kind]
     torch.manual_seed(0)
-    config = config_class(**{**_DENSE, **values, **changes})
-    return AutoModelForCausalLM.from_config(config).eval()
+    values = {**_DENSE, **values, **changes}
+    vision = values.pop("vision_config", None)
+    if vision is None:
+        return AutoModelForCausalLM.from_config(config_class(**values)).eval()
+    config = config_class(text_config=values, vision_config=vision)
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 def save_model(

@@ -154,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.convert.workdir import WorkDirectory
     from pt2gguf.export.gguf_file import ExportOptions, write_gguf
     from pt2gguf.export.llama_cpp import import_llama_cpp
-    from pt2gguf.export.precheck import require_known_vocabulary
+    from pt2gguf.export.precheck import require_known_metadata
     from pt2gguf.export.type_choice import TypeChoice
     from pt2gguf.export.work_source import WorkSource
     from pt2gguf.model import Checkpoint, Skeleton
@@ -176,7 +176,7 @@ def run(options: argparse.Namespace) -> None:
     if options.budget is not None:
         _require_possible(options.budget, options.type, bits)
     checkpoint = Checkpoint(local_directory(options.model))
-    require_known_vocabulary(checkpoint.path, llama_cpp)
+    require_known_metadata(checkpoint.path, llama_cpp)
     skeleton = Skeleton(checkpoint)
     gguf_name = gguf_namer(llama_cpp, skeleton)
     types = TypeChoice(rules, checkpoint, gguf_name, llama_cpp)
@@ -337,11 +337,13 @@ def local_directory(model: str) -> Path:
 
 def gguf_namer(llama_cpp: LlamaCpp, skeleton: Skeleton) -> Callable[[str], str | None]:
     """The GGUF name of a checkpoint tensor, which all experts share; None if it has none."""
-    architecture = llama_cpp.model_class(skeleton.checkpoint.path).model_arch
-    names = llama_cpp.gguf.get_tensor_name_map(architecture, len(skeleton))
+    from pt2gguf.export.llama_cpp import converter_name
+
+    converter = llama_cpp.model_class(skeleton.checkpoint.path)
+    names = llama_cpp.gguf.get_tensor_name_map(converter.model_arch, len(skeleton))
 
     def gguf_name(name: str) -> str | None:
-        joined = re.sub(r"\bexperts\.\d+\.", "experts.", name)
+        joined = re.sub(r"\bexperts\.\d+\.", "experts.", converter_name(converter, name) or name)
         return names.get_name(joined, try_suffixes=(".weight", ".bias"))
 
     return gguf_name

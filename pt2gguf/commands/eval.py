@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
     from pt2gguf.evaluation.tasks import PAPER_TASKS, load_tasks
     from pt2gguf.export.llama_cpp import import_llama_cpp
     from pt2gguf.export.output import require_writable
-    from pt2gguf.export.precheck import require_known_vocabulary
+    from pt2gguf.export.precheck import require_known_metadata
     from pt2gguf.model import Checkpoint
     from pt2gguf.native.installation import find_installation
 
@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> None:
         tasks = load_tasks(names, options.task_path)
 
     checkpoint = Checkpoint(local_directory(model))
-    require_known_vocabulary(checkpoint.path, llama_cpp)
+    require_known_metadata(checkpoint.path, llama_cpp)
     measured = Options(
         windows=Windows(options.context, options.chunks),
         window=options.window,

@@ -51,7 +51,7 @@ def write_text(
     begun = time.monotonic()
     length = written_length(calibration.ids.shape[1])
     dtype = torch.bfloat16 if computes_bfloat16(device) else torch.float32
-    config = checkpoint.config.get_text_config(decoder=True)
+    config = checkpoint.config
     window_bytes = _cache_bytes(config, length, dtype.itemsize)
     batch = max(1, min(windows, CACHE_BYTES // window_bytes))
     on_gpu = device.type == "cuda"
@@ -76,11 +76,13 @@ def write_text(
     )
     starts = _first_tokens(config, calibration.ids, windows).to(device)
     drawn = Drawn(torch.Generator().manual_seed(calibration.provenance.get("seed") or 0))
+    # Some architectures have a kind of cache of their own.
+    has_usual_cache = model._supports_default_dynamic_cache()
     parts = [
         model.generate(
             part,
             attention_mask=torch.ones_like(part),
-            past_key_values=None if model._is_stateful else roomy_cache(config, length),
+            past_key_values=roomy_cache(config, length) if has_usual_cache else None,
             logits_processor=LogitsProcessorList([drawn]),
         ).cpu()
         for part in starts.split(batch)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pt2gguf.blocks import BLOCK_TYPES
 from pt2gguf.errors import Pt2Error
-from pt2gguf.export.llama_cpp import LlamaCpp
+from pt2gguf.export.llama_cpp import LlamaCpp, converter_name
 from pt2gguf.model import Checkpoint
 
 # Of values that the converter computed from the checkpoint's, and stored in float32 or float16.
@@ -101,6 +101,7 @@ def read_file_weights(
     """
     converter = llama_cpp.converter(checkpoint.path)
     values_of = _FileValues(path, reader, llama_cpp.gguf)
+    stored = {converter_name(converter, name): name for name in checkpoint.tensors}
     with torch.no_grad():
         shapes = {name: tuple(t.shape) for name, t in converter.get_tensors()}
         weights = _WeightsInProgress(shapes)
@@ -108,16 +109,10 @@ def read_file_weights(
             for new_name, arrived in _convert(converter, name, weights.numbered(name)):
                 values = values_of(new_name, arrived.shape)
                 if not weights.put(name, arrived, values):
-                    _require_unchanged(checkpoint, name, new_name, converter, values_of)
+                    original = checkpoint.read(stored[name])
+                    _require_unchanged(name, original, new_name, converter, values_of)
     values_of.require_all_used()
-    found = weights.complete(path)
-    unknown = found.keys() - checkpoint.tensors.keys()
-    if unknown:
-        raise Pt2Error(
-            f"llama.cpp's converter renames tensors of {checkpoint.path}, such as {min(unknown)}, "
-            "so that its weights cannot be traced back: evaluate with --engine llama.cpp"
-        )
-    return found
+    return {stored[name]: weight for name, weight in weights.complete(path).items()}
 
 
 class _FileValues:
@@ -227,14 +222,14 @@ class _WeightsInProgress:
 
 
 def _require_unchanged(
-    checkpoint: Checkpoint,
     name: str,
+    original: Tensor,
     new_name: str,
     converter: Any,
     values_of: _FileValues,
 ) -> None:
     """Raises Pt2Error unless the converter makes the file's values of the checkpoint's."""
-    for computed_name, computed in _convert(converter, name, checkpoint.read(name)):
+    for computed_name, computed in _convert(converter, name, original):
         precision = values_of.precision(computed_name)
         stored = values_of(computed_name, tuple(computed.shape))
         if precision is None or not torch.allclose(computed.float(), stored, precision, precision):

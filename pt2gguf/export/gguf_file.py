@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pt2gguf.blocks import BLOCK_SIZE, BlockType
 from pt2gguf.errors import Pt2Error
-from pt2gguf.export.llama_cpp import LlamaCpp
+from pt2gguf.export.llama_cpp import LlamaCpp, converter_name
 from pt2gguf.export.output import complete_file
 from pt2gguf.export.rows import RowSource, numbered_elements, read_rows
 from pt2gguf.export.stock_types import fitting_type
@@ -88,7 +88,6 @@ def _with_rounded_weights(
     shapes = source.shapes()
     names = list(shapes)
     shapes_by_number = {number: shapes[name] for number, name in enumerate(names)}
-    number_of = {name: number for number, name in enumerate(names)}
     block_type = options.block_type
 
     class RoundedModel(base):  # type: ignore[misc]
@@ -98,6 +97,8 @@ def _with_rounded_weights(
             super().__init__(*args, **kwargs)
             self._reordered: list[str] = []
             self._row_lengths: dict[str, int] = {}
+            self._number_of = {converter_name(self, name): n for n, name in enumerate(names)}
+            self._written: set[str] = set()
 
         def modify_tensors(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
             for new_name, tensor in super().modify_tensors(*args, **kwargs):
@@ -105,25 +106,24 @@ def _with_rounded_weights(
                 yield new_name, tensor
 
         def get_tensors(self) -> Iterator[tuple[str, Tensor]]:
-            written: set[str] = set()
             for name, tensor in super().get_tensors():
-                if name in number_of:
-                    written.update(self._add_rounded(name))
-                else:
+                number = self._number_of.get(name)
+                if number is None:
                     yield name, tensor
-            missing = number_of.keys() - written
+                elif names[number] not in self._written:  # some converters read all tensors twice
+                    self._written.update(self._add_rounded(name, number))
+            missing = shapes.keys() - self._written
             if missing:
                 raise Pt2Error(
                     f"llama.cpp's converter leaves out {len(missing)} of the rounded weights, such "
                     f"as {min(missing)}: keep them in F16 with --tensor-type"
                 )
 
-        def _add_rounded(self, name: str) -> set[str]:
+        def _add_rounded(self, name: str, number: int) -> set[str]:
             """Sends the weight through the converter; returns those that arrived in tensors."""
             arrived_names: set[str] = set()
-            number = number_of[name]
             block_index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-            numbered = numbered_elements(number, shapes[name])
+            numbered = numbered_elements(number, shapes_by_number[number])
             for new_name, arrived in self.modify_tensors(numbered, name, block_index):
                 rows = read_rows(new_name, arrived, shapes_by_number)
                 origins = [names[n] for n in _numbers(rows)]

@@ -32,24 +32,33 @@ class LlamaCpp:
 
     def model_class(self, checkpoint: Path) -> type[Any]:
         """The converter's class for the architecture; raises :class:`Pt2Error` if it has none."""
+        return type(self.converter(checkpoint))
+
+    def converter(self, checkpoint: Path) -> Any:
+        """A converter for the checkpoint, to ask what it does to tensors; raises as `model_class`
+        does."""
         hparams = self.conversion.ModelBase.load_hparams(checkpoint, False)
         kind = self.conversion.ModelType.TEXT
         architecture = "unknown"
         try:
             architecture = self.conversion.get_model_architecture(hparams, kind)
-            return self.conversion.get_model_class(architecture)
+            found = self.conversion.get_model_class(architecture)
         except (NotImplementedError, ValueError):
             raise Pt2Error(
                 f"llama.cpp's converter does not know the architecture {architecture} of "
                 f"{checkpoint}: only models that llama.cpp can run can be converted"
             ) from None
-
-    def converter(self, checkpoint: Path) -> Any:
-        """A converter for the checkpoint, to ask what it does to tensors."""
         with torch.inference_mode():
-            return self.model_class(checkpoint)(
-                checkpoint, self.gguf.LlamaFileType.MOSTLY_F16, Path(os.devnull)
-            )
+            converter = found(checkpoint, self.gguf.LlamaFileType.MOSTLY_F16, Path(os.devnull))
+        # A converter of several kinds of model leaves all of it to another one.
+        return getattr(converter, "impl", converter)
+
+
+def converter_name(converter: Any, name: str) -> str | None:
+    """The name under which a converter, or its class, handles the checkpoint's tensor `name`; None
+    if it leaves that out."""
+    kept = converter.filter_tensors((name, lambda: torch.empty(0)))
+    return kept[0] if kept else None
 
 
 def import_llama_cpp(installation: Installation) -> LlamaCpp:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pt2gguf.errors import Pt2Error
-from pt2gguf.export.llama_cpp import LlamaCpp
+from pt2gguf.export.llama_cpp import LlamaCpp, converter_name
 from pt2gguf.export.rows import numbered_elements, read_rows
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -47,16 +47,31 @@ def find_unexportable(
     return refused
 
 
-def require_known_vocabulary(checkpoint: Path, llama_cpp: LlamaCpp) -> None:
-    """Raises :class:`Pt2Error` unless the converter can write the checkpoint's vocabulary."""
+def require_known_metadata(checkpoint: Path, llama_cpp: LlamaCpp) -> None:
+    """Raises :class:`Pt2Error` unless the converter knows the checkpoint's architecture, and can
+    write its parameters and vocabulary."""
     try:
-        llama_cpp.converter(checkpoint).set_vocab()
+        converter = llama_cpp.converter(checkpoint)
+        converter.set_gguf_parameters()
+    except Pt2Error:
+        raise
+    except Exception as error:  # whatever config.json makes the converter raise
+        raise Pt2Error(
+            f"llama.cpp's converter does not understand {checkpoint / 'config.json'} "
+            f"({_summary(error)}): use that of the model that the checkpoint was made from"
+        ) from error
+    try:
+        converter.set_vocab()
     except Exception as error:  # whatever the tokenizer's files make the converter raise
         raise Pt2Error(
             f"llama.cpp's converter cannot write the vocabulary of {checkpoint} "
-            f"({str(error).strip().partition(chr(10))[0]}): use the tokenizer files of the model "
-            "that the checkpoint was made from"
+            f"({_summary(error)}): use the tokenizer files of the model that the checkpoint was "
+            "made from"
         ) from error
+
+
+def _summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
 
 
 def _kind(name: str) -> str:
@@ -101,10 +116,14 @@ def _try_layer(
     seen: set[str] = set()
     with torch.inference_mode():
         for number, (name, shape) in enumerate(shapes.items()):
+            known_as = converter_name(converter, name)
+            if known_as is None:
+                refused[name] = "llama.cpp's converter leaves it out"
+                continue
             numbered = numbered_elements(number, shape)
             try:
                 for new_name, arrived in converter.modify_tensors(
-                    numbered, name, _layer_number(name)
+                    numbered, known_as, _layer_number(known_as)
                 ):
                     numbers = read_rows(new_name, arrived, by_number).weight.unique().tolist()
                     together = [names[origin] for origin in numbers]

@@ -43,7 +43,8 @@ class StoredTensor:
 class Checkpoint:
     """A checkpoint directory whose shards are all there and complete.
 
-    path: the directory; config: the model's configuration; tensors: every stored tensor by name.
+    path: the directory; config: the model's configuration, of one that reads more than text that of
+    its language model; tensors: every stored tensor by name.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -149,7 +150,7 @@ def _load_config(path: Path, raw: bytes) -> PretrainedConfig:
             "original fp16, bf16 or fp32 checkpoint"
         )
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             path, trust_remote_code=False, **_rope_of_transformers_5(path, values)
         )
     except (ValueError, KeyError, OSError) as error:
@@ -158,6 +159,7 @@ def _load_config(path: Path, raw: bytes) -> PretrainedConfig:
             f"{transformers_version} can load ({_first_line(error)}): install a transformers "
             "version that knows it, if there is one"
         ) from error
+    return config.get_text_config(decoder=True)
 
 
 def _rope_of_transformers_5(path: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -36,13 +36,13 @@ class LayerCall:
 class Skeleton:
     """The model of a checkpoint on the meta device, from which layers are loaded one by one.
 
-    config: the text model's configuration; layers: the decoder layers, without weights.
+    config: the checkpoint's; layers: the decoder layers, without weights.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises Pt2Error for an architecture that is no causal language model of plain layers."""
         self.checkpoint = checkpoint
-        self.config = checkpoint.config.get_text_config(decoder=True)
+        self.config = checkpoint.config
         self._model = empty_model(checkpoint, torch.float32)
         self._layers_name, self.layers = _decoder_layers(self._model, self.config)
         self._body_name, self._body = _body(self._model, self._layers_name)

@@ -51,19 +51,18 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
 def stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """The checkpoint's name for each of the model's tensors that is stored under another name.
 
-    That happens when only the model's body was saved, without the prefix of the whole, and where
-    the head is the embeddings.
+    That happens when only the model's body was saved, without the prefix of the whole, where the
+    model is one part of another that reads images, too, and where the head is the embeddings.
     """
     prefix = f"{model.base_model_prefix}."
     names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
-    candidates = {name: name.removeprefix(prefix) for name in names} | {
-        name: prefix + name for name in names if not name.startswith(prefix)
-    }
-    found = {
-        name: stored
-        for name, stored in candidates.items()
-        if name not in checkpoint.tensors and stored in checkpoint.tensors
-    }
+    stored_as = {name.replace("language_model.", ""): name for name in checkpoint.tensors}
+    found = {}
+    for name in names - checkpoint.tensors.keys():
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in stored_as:
+                found[name] = stored_as[candidate]
+                break
     module_names = {module: name for name, module in model.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and getattr(model.config, "tie_word_embeddings", False):

@@ -70,6 +70,14 @@ def test_architecture_that_llama_cpp_does_not_know(tmp_path: Path, model: Path) 
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["OddForCausalLM"]}))
     error = refusal(tmp_path, model)
     assert "llama.cpp's converter does not know the architecture OddForCausalLM" in error
+    assert "vocabulary" not in error
+
+
+def test_config_that_llama_cpp_does_not_understand(tmp_path: Path, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["Cohere2ForCausalLM"]  # would want parameters that are not there
+    (model / "config.json").write_text(json.dumps(config))
+    assert "config.json (KeyError: " in refusal(tmp_path, model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -41,6 +41,7 @@ def trace_back(
             converted[new_name] = arrived.numpy()
     file = write(tmp_path / "f.gguf", llama_cpp.gguf, stored or converted)
     converter = SimpleNamespace(
+        filter_tensors=lambda item: item,
         get_tensors=lambda: tensors.items(),
         modify_tensors=lambda tensor, name, block: change(name, tensor),
     )
