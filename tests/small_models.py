@@ -15,8 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DeepseekV3Config,
+    Gemma2Config,
     Gemma3Config,
+    GPTNeoXConfig,
     GptOssConfig,
+    GraniteConfig,
     Lfm2Config,
     LlamaConfig,
     Mistral3Config,
@@ -24,11 +27,14 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     OlmoeConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
 )
 
 VOCABULARY = 97
@@ -80,9 +86,22 @@ _VISION = {
     "patch_size": 14,
 }
 
-# With something about them that llama.cpp's converter, transformers or both treat in a way of their
-# own, but nothing new to ternarize.
-ODD_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "out_hidden_size": 128,
+}
+
+# More that only whole conversions are tested with: llama.cpp's converter, transformers or both do
+# something of their own with them.
+MORE_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "gemma2": (Gemma2Config, {"sliding_window": 4096, "tie_word_embeddings": True}),
+    "granite": (GraniteConfig, {}),
+    # q, k and v are one matrix, in GPT-NeoX one head's after the other's.
+    "gpt_neox": (GPTNeoXConfig, {}),
+    "phi3": (Phi3Config, {"pad_token_id": 0, "original_max_position_embeddings": 64}),
     # The bias of its routers is renamed.
     "deepseek_v3": (
         DeepseekV3Config,
@@ -126,12 +145,27 @@ ODD_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             "sliding_window": None,
         },
     ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        {
+            "vision_config": _QWEN_VISION,
+            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        },
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        {
+            "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0]},
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
 def make_model(kind: str, **changes: Any) -> PreTrainedModel:
-    """A float32 model of an architecture of `CONFIGS` or `ODD_CONFIGS`; the same one every time."""
-    config_class, values = (CONFIGS | ODD_CONFIGS)[kind]
+    """A float32 model of one of these architectures; the same one every time."""
+    config_class, values = (CONFIGS | MORE_CONFIGS)[kind]
     torch.manual_seed(0)
     values = {**_DENSE, **values, **changes}
     vision = values.pop("vision_config", None)

@@ -34,10 +34,12 @@ from pt2gguf.evaluation.reference_model import load_file_model
 from pt2gguf.evaluation.report import Row, TextFigures
 from pt2gguf.evaluation.tasks import llama_cpp_lm, run_tasks, transformers_lm
 from pt2gguf.export.llama_cpp import LlamaCpp
+from pt2gguf.export.stock_types import fitting_type
 from pt2gguf.model import Checkpoint, Skeleton, load_model
 
 FULL_PRECISION = "F16"
 BASELINES = ("rtn", "gptq")
+ENDS_TYPE = "q6_k"  # of output and embeddings beside llama-quantize's types
 QUANTIZED_SHARE = 0.6  # of the F16 file's size: more than Q8_0 takes
 LOADING = 1.25  # memory while a model is loaded, of what it takes afterwards
 
@@ -186,7 +188,9 @@ class Evaluation:
             text.write_text(_as_text(calibration, self._checkpoint.path), encoding="utf-8")
             self._tools.importance_matrix(full, text, imatrix)
         self._note(f"quantizing to {name}")
-        self._tools.quantize(full, imatrix, name, output)
+        width = self.skeleton.config.hidden_size
+        ends_type = fitting_type(ENDS_TYPE, width, self._llama_cpp.gguf).name
+        self._tools.quantize(full, imatrix, name, ends_type, output)
         return output
 
     def _baseline(self, name: str, calibration: Calibration | None) -> _Subject:

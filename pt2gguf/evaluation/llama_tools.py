@@ -85,9 +85,11 @@ class LlamaTools:
         context = ["-c", str(IMATRIX_CONTEXT)]
         self._run("llama-imatrix", "-m", file, "-f", text, *context, "-o", output)
 
-    def quantize(self, full: Path, imatrix: Path, stock_type: str, output: Path) -> None:
-        """`full` in one of llama-quantize's types, with output and embeddings in Q6_K."""
-        ends = ["--output-tensor-type", "q6_k", "--token-embedding-type", "q6_k"]
+    def quantize(
+        self, full: Path, imatrix: Path, stock_type: str, ends_type: str, output: Path
+    ) -> None:
+        """`full` in one of llama-quantize's types, with output and embeddings in another."""
+        ends = ["--output-tensor-type", ends_type, "--token-embedding-type", ends_type]
         command = ["--imatrix", imatrix, *ends, full, output, stock_type]
         self._run("llama-quantize", *command, *self._threads[1:], threads=False)
 
@@ -100,8 +102,10 @@ class LlamaTools:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-            # Nothing of the user's environment is to change what is measured.
-            env={k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")},
+            # Nothing of the user's environment is to change what is measured, and the last line of
+            # a tool that aborts is to be the reason.
+            env={k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_")}
+            | {"GGML_NO_BACKTRACE": "1"},
         )
         if finished.returncode != 0:
             raise Pt2Error(

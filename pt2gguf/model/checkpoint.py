@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers import __version__ as transformers_version
 
 from pt2gguf.errors import Pt2Error
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Language models that transformers has only with images, and what they are on text alone, where all
+# sections of a rotary embedding count the same positions.
+ON_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 FINGERPRINT_BYTES = 4096  # of each tensor
 
@@ -159,7 +162,22 @@ def _load_config(path: Path, raw: bytes) -> PretrainedConfig:
             f"{transformers_version} can load ({_first_line(error)}): install a transformers "
             "version that knows it, if there is one"
         ) from error
-    return config.get_text_config(decoder=True)
+    return _language_model(config)
+
+
+def _language_model(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that is about text, which may be all of it."""
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return config
+    if kind := ON_TEXT.get(text.model_type):
+        values = text.to_dict() | {"model_type": kind}
+        scaling = values.pop("rope_scaling") or {}
+        if scaling.get("rope_type", "default") != "default":
+            values["rope_scaling"] = {k: v for k, v in scaling.items() if "mrope" not in k}
+        text = CONFIG_MAPPING[kind].from_dict(values)
+    text.tie_word_embeddings |= config.tie_word_embeddings
+    return text
 
 
 def _rope_of_transformers_5(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +186,9 @@ def _rope_of_transformers_5(path: Path, values: dict[str, Any]) -> dict[str, Any
     Version 5 writes rope_parameters where version 4 reads rope_theta and rope_scaling; without
     this, version 4 would silently use its default theta.
     """
+    if isinstance(text := values.get("text_config"), dict):
+        changes = _rope_of_transformers_5(path, text)
+        return {"text_config": text | changes} if changes else {}
     rope = values.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" in values:
         return {}

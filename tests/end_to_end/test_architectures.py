@@ -8,6 +8,7 @@ converter; they are also compared with those that were written.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import EXAMPLE_TEXT, VOCABULARY
-from small_models import CONFIGS, ODD_CONFIGS, save_model_with_tokenizer
+from small_models import CONFIGS, MORE_CONFIGS, save_model_with_tokenizer
 
 from pt2gguf.cli import main as pt2gguf
 from pt2gguf.convert.workdir import WorkDirectory
@@ -36,7 +37,7 @@ AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("kind", "block_type"),
     [(kind, block_type) for kind in CONFIGS for block_type in ("tq2_1", "tq1_1")]
-    + [(kind, "tq1_1") for kind in ODD_CONFIGS],
+    + [(kind, "tq1_1") for kind in MORE_CONFIGS],
 )
 def test_logits_are_those_of_the_dequantized_weights(
     tmp_path: Path, monkeypatch, installation, kind: str, block_type: str
@@ -71,8 +72,8 @@ def _file_weights(checkpoint, file, installation) -> dict[str, torch.Tensor]:
 
 def _require_converted(weights, checkpoint, work_directory) -> None:
     """Traced back from the file, exactly what was ternarized, and otherwise the checkpoint's."""
-    not_text = {n for n in checkpoint.tensors if n.startswith(("vision_tower", "multi_modal_"))}
-    assert weights.keys() == checkpoint.tensors.keys() - not_text
+    of_images = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|visual)\.")
+    assert weights.keys() == {name for name in checkpoint.tensors if not of_images.match(name)}
     with WorkDirectory.open_existing(work_directory) as work:
         source = WorkSource(work, checkpoint.tensors)
         for name in source.shapes():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT
+from small_models import save_model_with_tokenizer
 from task_set import write_task_set
 from test_file_weights import write
 
@@ -282,6 +283,14 @@ def test_a_tool_that_fails(capsys, text, monkeypatch, tmp_path, code, says) -> N
     sentence = refuse(capsys, *options)
     assert says in sentence
     assert "(main: the reason)" in sentence
+
+
+def test_types_that_do_not_fit_the_ends(capsys, text, tmp_path) -> None:
+    """Rows of 128, where Q6_K needs 256."""
+    model = save_model_with_tokenizer(tmp_path / "model", "llama", max_position_embeddings=512)
+    options = ["--against", "Q2_K", *CALIBRATION, "--text", text, "--engine", "llama.cpp", *QUICK]
+    found = table(run(capsys, model, *options))["Q2_K"]
+    assert float(found["prose: KL"]) > 0
 
 
 def test_too_little_calibration_for_importances(capsys, text) -> None:

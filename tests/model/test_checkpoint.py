@@ -179,6 +179,10 @@ def test_rope_of_a_config_from_transformers_5(tmp_path: Path) -> None:
     assert read.rope_theta == 5e5
     assert {key: read.rope_scaling[key] for key in scaling} == scaling
 
+    whole = {"model_type": "llava", "text_config": config, "vision_config": {}}
+    (path / "config.json").write_text(json.dumps(whole))
+    assert Checkpoint(path).config.rope_theta == 5e5
+
     config["rope_parameters"] = {"full_attention": {"rope_theta": 5e5}}
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Pt2Error, match="rope_parameters for each kind of layer"):
