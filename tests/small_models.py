@@ -22,6 +22,7 @@ from transformers import (
     GraniteConfig,
     Lfm2Config,
     LlamaConfig,
+    LlavaConfig,
     Mistral3Config,
     MistralConfig,
     MixtralConfig,
@@ -135,6 +136,14 @@ MORE_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             "sliding_window": 4096,
             "query_pre_attn_scalar": 32,
             "tie_word_embeddings": True,
+        },
+    ),
+    # Says at the top that the head is the embeddings, which is not so.
+    "llava": (
+        LlavaConfig,
+        {
+            "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+            "model_type": "llama",
         },
     ),
     "mistral3": (
