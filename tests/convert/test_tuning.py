@@ -58,14 +58,16 @@ def _divergence(kind: str, weights: dict[str, TernaryWeight], ids: Tensor) -> fl
 def test_comes_closer_to_the_full_precision_model(
     tmp_path: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    """So much is written that unseen text gains 2% and more: with 12 windows one CPU's roundings
+    made it 1% and another's nothing."""
     monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 480)
     checkpoint = Checkpoint(save_model(tmp_path / "m", kind, **SPREAD))
     work = tmp_path / "w"
-    with ternarize_checkpoint(checkpoint, UNTUNED, calibration, work) as directory:
+    untuned = replace(UNTUNED, written_windows=40)
+    tuned = replace(untuned, tuning_epochs=4)
+    with ternarize_checkpoint(checkpoint, untuned, calibration, work) as directory:
         before = _final(directory)
-    with ternarize_checkpoint(
-        checkpoint, replace(TUNED, tuning_epochs=4), calibration, work, force=True
-    ) as directory:
+    with ternarize_checkpoint(checkpoint, tuned, calibration, work, force=True) as directory:
         assert directory.is_complete()
         after = _final(directory)
     assert after.keys() == before.keys()
