@@ -10,3 +10,8 @@ class Pt2Error(Exception):
     remedy. The command line catches it once, prints it and exits with code 2; library
     callers catch it as they like. Everything else that is raised is a bug.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Of another library's message, to be quoted in a sentence."""
+    return str(error).strip().partition("\n")[0]

@@ -17,7 +17,7 @@ from pt2gguf.commands.calibration_options import (
     positive,
     whole,
 )
-from pt2gguf.errors import Pt2Error
+from pt2gguf.errors import Pt2Error, first_line
 from pt2gguf.export.output import require_writable
 from pt2gguf.export.stock_types import (
     STOCK_TYPES,
@@ -328,10 +328,10 @@ def local_directory(model: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise Pt2Error(
-            f"{model} is neither a directory nor to be had from the Hugging Face hub ({reason}): "
-            "check the name, or download the checkpoint and give its directory"
+            f"{model} is neither a directory nor to be had from the Hugging Face hub "
+            f"({first_line(error)}): check the name, or download the checkpoint and give its "
+            "directory"
         ) from None
 
 

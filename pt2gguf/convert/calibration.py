@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pt2gguf.errors import Pt2Error
+from pt2gguf.errors import Pt2Error, first_line
 
 # A rough upper bound of the characters in a token, to know when enough of a stream was read.
 CHARACTERS_PER_TOKEN = 8
@@ -83,7 +83,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # whatever the tokenizer's files make transformers raise
         raise Pt2Error(
             f"{model} has no tokenizer that transformers can load "
-            f"({str(error).partition(chr(10))[0][:200]}): add the tokenizer's files, or calibrate "
+            f"({first_line(error)[:200]}): add the tokenizer's files, or calibrate "
             "on a .npy file of token ids"
         ) from error
 

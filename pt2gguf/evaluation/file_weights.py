@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pt2gguf.blocks import BLOCK_TYPES
 from pt2gguf.errors import Pt2Error
-from pt2gguf.export.llama_cpp import LlamaCpp, converter_name
+from pt2gguf.export.llama_cpp import LlamaCpp, converted, converter_name
 from pt2gguf.model import Checkpoint
 
 # Of values that the converter computed from the checkpoint's, and stored in float32 or float16.
@@ -106,7 +106,7 @@ def read_file_weights(
         shapes = {name: tuple(t.shape) for name, t in converter.get_tensors()}
         weights = _WeightsInProgress(shapes)
         for name in shapes:
-            for new_name, arrived in _convert(converter, name, weights.numbered(name)):
+            for new_name, arrived in converted(converter, name, weights.numbered(name)):
                 values = values_of(new_name, arrived.shape)
                 if not weights.put(name, arrived, values):
                     original = checkpoint.read(stored[name])
@@ -229,7 +229,7 @@ def _require_unchanged(
     values_of: _FileValues,
 ) -> None:
     """Raises Pt2Error unless the converter makes the file's values of the checkpoint's."""
-    for computed_name, computed in _convert(converter, name, original):
+    for computed_name, computed in converted(converter, name, original):
         precision = values_of.precision(computed_name)
         stored = values_of(computed_name, tuple(computed.shape))
         if precision is None or not torch.allclose(computed.float(), stored, precision, precision):
@@ -237,12 +237,6 @@ def _require_unchanged(
                 f"tensor {new_name} of the file is not what llama.cpp's converter computes from "
                 f"{name}, and this computation cannot be undone: evaluate with --engine llama.cpp"
             )
-
-
-def _convert(converter: Any, name: str, tensor: Tensor) -> Any:
-    """As the converter's own loop: the first number in a name is the layer's."""
-    block_index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-    return converter.modify_tensors(tensor, name, block_index)
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

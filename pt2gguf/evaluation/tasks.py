@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pt2gguf.errors import Pt2Error
+from pt2gguf.errors import Pt2Error, first_line
 
 PAPER_TASKS = (
     "arc_challenge",
@@ -68,7 +68,7 @@ def _load_task(manager: Any, name: str) -> Any:
         with _progress_for_terminals():
             task = manager.load([name])["tasks"][name]
     except Exception as error:  # the hub's client raises what its many layers raise
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = first_line(error)[:200]
         raise Pt2Error(
             f"the data of task {name} cannot be had ({type(error).__name__}: {reason}): check the "
             "network, or give --task-path with task files that read local data"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pt2gguf.blocks import BLOCK_SIZE, BlockType
 from pt2gguf.errors import Pt2Error
-from pt2gguf.export.llama_cpp import LlamaCpp, converter_name
+from pt2gguf.export.llama_cpp import LlamaCpp, converted, converter_name
 from pt2gguf.export.output import complete_file
 from pt2gguf.export.rows import RowSource, numbered_elements, read_rows
 from pt2gguf.export.stock_types import fitting_type
@@ -88,6 +88,7 @@ def _with_rounded_weights(
     shapes = source.shapes()
     names = list(shapes)
     shapes_by_number = {number: shapes[name] for number, name in enumerate(names)}
+    number_of = {converter_name(base, name): number for number, name in enumerate(names)}
     block_type = options.block_type
 
     class RoundedModel(base):  # type: ignore[misc]
@@ -97,7 +98,6 @@ def _with_rounded_weights(
             super().__init__(*args, **kwargs)
             self._reordered: list[str] = []
             self._row_lengths: dict[str, int] = {}
-            self._number_of = {converter_name(self, name): n for n, name in enumerate(names)}
             self._written: set[str] = set()
 
         def modify_tensors(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +107,7 @@ def _with_rounded_weights(
 
         def get_tensors(self) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in super().get_tensors():
-                number = self._number_of.get(name)
+                number = number_of.get(name)
                 if number is None:
                     yield name, tensor
                 elif names[number] not in self._written:  # some converters read all tensors twice
@@ -122,9 +122,8 @@ def _with_rounded_weights(
         def _add_rounded(self, name: str, number: int) -> set[str]:
             """Sends the weight through the converter; returns those that arrived in tensors."""
             arrived_names: set[str] = set()
-            block_index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
             numbered = numbered_elements(number, shapes_by_number[number])
-            for new_name, arrived in self.modify_tensors(numbered, name, block_index):
+            for new_name, arrived in converted(self, name, numbered):
                 rows = read_rows(new_name, arrived, shapes_by_number)
                 origins = [names[n] for n in _numbers(rows)]
                 self._add_rows(new_name, rows, _common_type(new_name, source, origins))

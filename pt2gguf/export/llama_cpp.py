@@ -6,12 +6,14 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pt2gguf.errors import Pt2Error
 from pt2gguf.export.stock_types import Ggml
@@ -59,6 +61,16 @@ def converter_name(converter: Any, name: str) -> str | None:
     if it leaves that out."""
     kept = converter.filter_tensors((name, lambda: torch.empty(0)))
     return kept[0] if kept else None
+
+
+def converted(converter: Any, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """What the converter makes of the tensor that it knows as `name`, with the GGUF names.
+
+    As the converter's own loop: the first number in a name is the layer's.
+    """
+    block_index = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+    found: Iterable[tuple[str, Tensor]] = converter.modify_tensors(tensor, name, block_index)
+    return found
 
 
 def import_llama_cpp(installation: Installation) -> LlamaCpp:

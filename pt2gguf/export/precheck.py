@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pt2gguf.errors import Pt2Error
-from pt2gguf.export.llama_cpp import LlamaCpp, converter_name
+from pt2gguf.errors import Pt2Error, first_line
+from pt2gguf.export.llama_cpp import LlamaCpp, converted, converter_name
 from pt2gguf.export.rows import numbered_elements, read_rows
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -71,7 +71,7 @@ def require_known_metadata(checkpoint: Path, llama_cpp: LlamaCpp) -> None:
 
 
 def _summary(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
+    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
 
 
 def _kind(name: str) -> str:
@@ -122,9 +122,7 @@ def _try_layer(
                 continue
             numbered = numbered_elements(number, shape)
             try:
-                for new_name, arrived in converter.modify_tensors(
-                    numbered, known_as, _layer_number(known_as)
-                ):
+                for new_name, arrived in converted(converter, known_as, numbered):
                     numbers = read_rows(new_name, arrived, by_number).weight.unique().tolist()
                     together = [names[origin] for origin in numbers]
                     seen.update(together)

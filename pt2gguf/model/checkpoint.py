@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers import __version__ as transformers_version
 
-from pt2gguf.errors import Pt2Error
+from pt2gguf.errors import Pt2Error, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -159,7 +159,7 @@ def _load_config(path: Path, raw: bytes) -> PretrainedConfig:
     except (ValueError, KeyError, OSError) as error:
         raise Pt2Error(
             f"architecture {values['model_type']!r} of {path} is not one that transformers "
-            f"{transformers_version} can load ({_first_line(error)}): install a transformers "
+            f"{transformers_version} can load ({first_line(error)[:200]}): install a transformers "
             "version that knows it, if there is one"
         ) from error
     return _language_model(config)
@@ -176,6 +176,9 @@ def _language_model(config: PretrainedConfig) -> PretrainedConfig:
         if scaling.get("rope_type", "default") != "default":
             values["rope_scaling"] = {k: v for k, v in scaling.items() if "mrope" not in k}
         text = CONFIG_MAPPING[kind].from_dict(values)
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        return config  # who wants to build it says so of the architecture that the user knows
+    # One of the two may leave it out. Where a head is stored, that counts, whatever they say.
     text.tie_word_embeddings |= config.tie_word_embeddings
     return text
 
@@ -283,7 +286,3 @@ def _header(shard: Path) -> dict[str, StoredTensor]:
             f"{actual}; download it again"
         )
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -26,6 +26,8 @@ from pt2gguf.export.work_source import WorkSource
 from pt2gguf.model import Checkpoint, load_model
 
 LENGTH = 48
+IN_FLOAT32 = re.compile(r"(gate|router|conv)\.weight")  # of matrices: routers and convolutions
+OF_IMAGES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|visual)\.")
 AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
     # It does not slide the windows of these architectures, and always normalises these weights.
     "qwen2": {"sliding_window": 4096},
@@ -72,19 +74,15 @@ def _file_weights(checkpoint, file, installation) -> dict[str, torch.Tensor]:
 
 def _require_converted(weights, checkpoint, work_directory) -> None:
     """Traced back from the file, exactly what was ternarized, and otherwise the checkpoint's."""
-    of_images = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|visual)\.")
-    assert weights.keys() == {name for name in checkpoint.tensors if not of_images.match(name)}
+    assert weights.keys() == {name for name in checkpoint.tensors if not OF_IMAGES.match(name)}
     with WorkDirectory.open_existing(work_directory) as work:
         source = WorkSource(work, checkpoint.tensors)
         for name in source.shapes():
             assert torch.equal(weights[name], source.weight(name).dequantize()), name
     for name in weights.keys() - source.shapes().keys():
         stored = checkpoint.read(name)
-        # Vectors, and for example routers, stay in float32.
-        exact = torch.equal(weights[name], stored)
-        assert exact or (stored.dim() > 1 and torch.equal(weights[name], stored.half().float())), (
-            name
-        )
+        half = stored.dim() > 1 and not IN_FLOAT32.search(name)
+        assert torch.equal(weights[name], stored.half().float() if half else stored), name
 
 
 def _transformers_logits(checkpoint, weights, tokens) -> np.ndarray:

@@ -131,7 +131,5 @@ def test_not_a_causal_language_model(tmp_path: Path) -> None:
 
     CLIPConfig().save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        Pt2Error, match=r"architecture 'clip_text_model' .* is not a causal language model"
-    ):
+    with pytest.raises(Pt2Error, match=r"architecture 'clip' .* is not a causal language model"):
         Skeleton(Checkpoint(tmp_path))
