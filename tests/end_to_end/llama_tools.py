@@ -14,6 +14,8 @@ import pytest
 
 from pt2gguf.native.installation import Installation
 
+CONTEXT, CHUNKS = 256, 16
+WINDOWS = ("-c", CONTEXT, "-b", CONTEXT, "--chunks", CHUNKS)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -48,6 +50,23 @@ def perplexity(
     estimate = re.search(r"Final estimate: PPL = (\S+)", finished.stdout + finished.stderr)
     assert estimate, finished.stderr[-2000:]
     return float(estimate[1])
+
+
+def divergence(
+    installation: Installation,
+    file: Path,
+    logits: Path,
+    *options: object,
+    env: Mapping[str, str] | None = None,
+) -> float:
+    """The mean KL divergence of a file's logits from `logits`, of WINDOWS."""
+    arguments = ["-m", file, "--kl-divergence", "--kl-divergence-base", logits, *WINDOWS, *options]
+    finished = start_tool(installation, "llama-perplexity", *arguments, env=env)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    printed = COLOUR.sub("", finished.stdout + finished.stderr)
+    found = re.search(r"Mean +KLD: +(\S+)", printed)
+    assert found, printed[-2000:]
+    return float(found[1])
 
 
 def free_port() -> int:

@@ -10,18 +10,12 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import EXAMPLE_MODEL, EXAMPLE_TEXT
-from llama_tools import COLOUR, perplexity, start_tool
+from command_line import EXAMPLE_TEXT
+from llama_tools import COLOUR, WINDOWS, divergence, perplexity, start_tool
 
-from pt2gguf.convert.calibration import load_tokenizer, tokenize
-from pt2gguf.evaluation.logits_file import write_logits_file
-from pt2gguf.evaluation.reference_model import load_file_model
-from pt2gguf.export.llama_cpp import import_llama_cpp
-from pt2gguf.model import Checkpoint
 from pt2gguf.native.installation import Installation
 
 TYPES = pytest.mark.parametrize("block_type", ["tq2_1", "tq1_1"])
-CONTEXT, CHUNKS = 256, 16
 ON_CPU = ("-ngl", 0, "--device", "none")
 
 
@@ -70,32 +64,16 @@ def test_the_graph_is_not_split(installation, converted, block_type) -> None:
     assert {int(number) for number in splits} <= {1, 2}
 
 
-@pytest.fixture(scope="module")
-def float_logits(installation, converted, tmp_path_factory) -> Path:
-    """What transformers computes with the weights that both files hold, in float32."""
-    checkpoint = Checkpoint(EXAMPLE_MODEL)
-    model = load_file_model(checkpoint, converted.tq2_1, import_llama_cpp(installation))
-    ids = tokenize(load_tokenizer(EXAMPLE_MODEL), EXAMPLE_TEXT.read_text(encoding="utf-8"))
-    path = tmp_path_factory.mktemp("logits") / "logits"
-    windows = ids[: CHUNKS * CONTEXT].view(CHUNKS, CONTEXT)
-    write_logits_file(path, model, windows, checkpoint.config.bos_token_id)
-    return path
-
-
-def divergence(installation, file: Path, logits: Path, *options: object, **variables: str) -> float:
-    """The mean KL divergence of a file's logits from `logits`."""
-    arguments = ["-m", file, "--kl-divergence", "--kl-divergence-base", logits, *options]
-    arguments += ["-c", CONTEXT, "-b", CONTEXT]
-    printed = "".join(run_tool(installation, "llama-perplexity", *arguments, **variables))
-    found = re.search(r"Mean +KLD: +(\S+)", printed)
-    assert found, printed[-2000:]
-    return float(found[1])
+def divergence_of(
+    installation, file: Path, logits: Path, *options: object, **variables: str
+) -> float:
+    return divergence(installation, file, logits, *options, env={**os.environ, **variables})
 
 
 @pytest.fixture(scope="module")
 def on_cpu(installation, converted, float_logits) -> float:
     """The CPU's divergence, which is the same for both files."""
-    return divergence(installation, converted.tq2_1, float_logits, *ON_CPU)
+    return divergence_of(installation, converted.tq2_1, float_logits, *ON_CPU)
 
 
 @TYPES
@@ -108,12 +86,12 @@ def test_as_exact_as_the_cpu(
     file = getattr(converted, block_type)
     for variables in ({}, {"GGML_CUDA_DISABLE_FUSION": "1"}, {"GGML_CUDA_DISABLE_GRAPHS": "1"}):
         options = ["-ngl", 99, "-ub", columns]
-        on_gpu = divergence(installation, file, float_logits, *options, **variables)
+        on_gpu = divergence_of(installation, file, float_logits, *options, **variables)
         assert on_gpu <= 1.5 * on_cpu, variables
 
 
 def perplexity_of(installation, file, *options: object) -> float:
-    arguments = ["-f", EXAMPLE_TEXT, "-c", CONTEXT, "-b", CONTEXT, "--chunks", CHUNKS, *options]
+    arguments = ["-f", EXAMPLE_TEXT, *WINDOWS, *options]
     return perplexity(installation, file, *arguments, env=dict(os.environ))
 
 
@@ -135,4 +113,4 @@ def test_two_gpus_as_one(
         one = perplexity_of(installation, file, *options, "--device", gpus[0])
         two = perplexity_of(installation, file, *options, *halves)
         assert two == pytest.approx(one, rel=0.002)
-    assert divergence(installation, file, float_logits, *options, *halves) <= 1.5 * on_cpu
+    assert divergence_of(installation, file, float_logits, *options, *halves) <= 1.5 * on_cpu
