@@ -54,6 +54,13 @@
 #define FORGET(pointer) ((void) 0)
 #endif
 
+// Keeps a register a register: GCC would load it again from memory for each use.
+#if defined(__GNUC__) && defined(__x86_64__)
+#define KEEP(floats) __asm__("" : "+v"(floats))
+#else
+#define KEEP(floats) ((void) 0)
+#endif
+
 namespace { // internal, so that libraries for several instruction sets can be in one process
 
 inline int32_t four_bytes(const int8_t * q) {
@@ -119,6 +126,54 @@ inline floats load(const float * p) {
 
 inline void store(float * p, floats a) {
     _mm512_storeu_ps(p, a);
+}
+
+inline floats add(floats a, floats b) {
+    return _mm512_add_ps(a, b);
+}
+
+inline floats subtract(floats a, floats b) {
+    return _mm512_sub_ps(a, b);
+}
+
+inline floats larger(floats a, floats b) {
+    return _mm512_max_ps(a, b);
+}
+
+// Rows become columns.
+ALWAYS_INLINE void transpose(floats (&a)[LANES]) {
+    floats b[LANES];
+    UNROLL
+    for (int i = 0; i < LANES; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < LANES; i += 4) {
+        UNROLL
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(b[i + j]);
+            const __m512d high = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    // Every register has one column of four rows in each quarter; quarters i of the four groups belong together.
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const floats even = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        const floats odd = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        const floats later_even = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        const floats later_odd = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+        b[i] = _mm512_shuffle_f32x4(even, later_even, 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(odd, later_odd, 0x88);
+        b[i + 8] = _mm512_shuffle_f32x4(even, later_even, 0xdd);
+        b[i + 12] = _mm512_shuffle_f32x4(odd, later_odd, 0xdd);
+    }
+    UNROLL
+    for (int i = 0; i < LANES; ++i) {
+        a[i] = b[i];
+    }
 }
 
 inline floats larger_magnitude(floats a, floats b) {
@@ -234,6 +289,44 @@ inline void store(float * p, floats a) {
     _mm256_storeu_ps(p, a);
 }
 
+inline floats add(floats a, floats b) {
+    return _mm256_add_ps(a, b);
+}
+
+inline floats subtract(floats a, floats b) {
+    return _mm256_sub_ps(a, b);
+}
+
+inline floats larger(floats a, floats b) {
+    return _mm256_max_ps(a, b);
+}
+
+// Rows become columns.
+ALWAYS_INLINE void transpose(floats (&a)[LANES]) {
+    floats b[LANES];
+    UNROLL
+    for (int i = 0; i < LANES; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < LANES; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+        b[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+    }
+    UNROLL
+    for (int i = 0; i < LANES; ++i) {
+        a[i] = b[i];
+    }
+}
+
 inline floats larger_magnitude(floats a, floats b) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return _mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b));
@@ -319,6 +412,28 @@ inline void store(float * p, floats a) {
     vst1q_f32(p, a);
 }
 
+inline floats add(floats a, floats b) {
+    return vaddq_f32(a, b);
+}
+
+inline floats subtract(floats a, floats b) {
+    return vsubq_f32(a, b);
+}
+
+inline floats larger(floats a, floats b) {
+    return vmaxq_f32(a, b);
+}
+
+// Rows become columns.
+ALWAYS_INLINE void transpose(floats (&a)[LANES]) {
+    const float32x4x2_t top = vtrnq_f32(a[0], a[1]);
+    const float32x4x2_t bottom = vtrnq_f32(a[2], a[3]);
+    a[0] = vcombine_f32(vget_low_f32(top.val[0]), vget_low_f32(bottom.val[0]));
+    a[1] = vcombine_f32(vget_low_f32(top.val[1]), vget_low_f32(bottom.val[1]));
+    a[2] = vcombine_f32(vget_high_f32(top.val[0]), vget_high_f32(bottom.val[0]));
+    a[3] = vcombine_f32(vget_high_f32(top.val[1]), vget_high_f32(bottom.val[1]));
+}
+
 inline floats larger_magnitude(floats a, floats b) {
     return vmaxq_f32(vabsq_f32(a), vabsq_f32(b));
 }
@@ -341,6 +456,8 @@ inline floats store_rounded(int8_t * p, floats a) {
 }
 
 #else
+
+#define PT2_PLAIN
 
 // Plain C++: one column at a time, so that compilers find what to vectorize.
 constexpr int LANES = 4;
