@@ -1,6 +1,7 @@
 // Attention in tiles on hand-made tensors, compared with float64; says so where the instruction set has none.
 #include "common.h"
 #include "ggml-cpu-impl.h"
+#include "ops.h"
 #include "pt2-attention.h"
 
 #include <algorithm>
@@ -13,6 +14,21 @@
 #include <random>
 #include <string>
 #include <vector>
+
+// Threads, one after the other: the first takes all work but what the others begin with.
+static int next_chunk;
+
+void ggml_threadpool_chunk_set(ggml_threadpool *, int value) {
+    next_chunk = value;
+}
+
+int ggml_threadpool_chunk_add(ggml_threadpool *, int value) {
+    next_chunk += value;
+    return next_chunk - value;
+}
+
+void ggml_barrier(ggml_threadpool *) {
+}
 
 static std::mt19937 rng(std::random_device{}());
 static constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -39,6 +55,7 @@ struct shape {
     bool sinks = false;
     int sequences = 1;
     int masks = 1; // heads or sequences of the mask
+    int threads = 1;
 
     std::string name() const {
         char text[256];
@@ -144,18 +161,18 @@ static bool compare(const shape & s) {
     memcpy(op.op_params, parameters, sizeof(parameters));
 
     // As in ggml_graph_plan; what is behind it must stay as it is.
-    const size_t planned = GGML_FA_TILE_Q * (s.key_length + s.value_length) + 2 * GGML_FA_TILE_Q * GGML_FA_TILE_KV +
-                           GGML_FA_TILE_KV * (s.key_length + s.value_length);
+    const size_t planned = s.threads * (size_t) ((GGML_FA_TILE_Q + GGML_FA_TILE_KV) * (s.key_length + s.value_length) +
+                                                 2 * GGML_FA_TILE_Q * GGML_FA_TILE_KV + CACHE_LINE_SIZE_F32);
     std::vector<float> scratch(planned + 64, 1234);
-    ggml_compute_params params{};
-    params.nth = 1;
-    params.wdata = scratch.data();
-    const int all = s.queries * s.heads * s.sequences;
-    const int cut = std::uniform_int_distribution<int>(0, all)(rng); // as between two threads
-    if (!pt2_flash_attn_tiled(&params, &op, 0, cut)) {
-        return false;
+    for (int thread = 0; thread < s.threads; ++thread) {
+        ggml_compute_params params{};
+        params.ith = thread;
+        params.nth = s.threads;
+        params.wdata = scratch.data();
+        if (!pt2_flash_attn(&params, &op)) {
+            return false;
+        }
     }
-    pt2_flash_attn_tiled(&params, &op, cut, all);
     if (std::any_of(scratch.begin() + planned, scratch.end(), [](float x) { return x != 1234; })) {
         fail(s, "wrote behind its scratch memory");
     }
@@ -229,22 +246,31 @@ int main() {
         shapes.push_back({ 64, 64, 64, 64, 2, 1, hides });
         shapes.push_back({ 64, 64, 130, 199, 4, 2, hides });
         shapes.push_back({ 128, 80, 75, 113, 3, 3, hides, GGML_TYPE_F32 });
-        shapes.push_back({ 16, 32, 1, 1, 1, 1, hides });
+        shapes.push_back({ 16, 32, 9, 1, 1, 1, hides });
+        shapes.push_back({ 64, 128, 1, 300, 16, 8, hides });
+        shapes.push_back({ 96, 64, 5, 130, 14, 7, hides });
     }
-    shapes.push_back({ 64, 64, 100, 300, 2, 2, CAUSAL, GGML_TYPE_F16, 100 }); // one key has all the weight
+    const int one_key_has_all = 100;
+    shapes.push_back({ 64, 64, 100, 300, 2, 2, CAUSAL, GGML_TYPE_F16, one_key_has_all });
     shapes.push_back({ 96, 112, 70, 128, 3, 1, CAUSAL, GGML_TYPE_F16, 1, 8 });
     shapes.push_back({ 64, 64, 70, 128, 6, 1, RANDOM, GGML_TYPE_F16, 1, 8, 0, false, 2, 2 });
+    shapes.push_back({ 64, 64, 7, 128, 6, 3, RANDOM, GGML_TYPE_F16, 1, 8, 0, false, 2, 2 });
     shapes.push_back({ 64, 64, 70, 128, 2, 1, CAUSAL, GGML_TYPE_F16, 10, 0, 2 });
     shapes.push_back({ 64, 64, 70, 128, 4, 2, SOME_ROWS, GGML_TYPE_F16, 1, 0, 0, true, 3 });
     shapes.push_back({ 192, 128, 65, 100, 2, 1, CAUSAL });
-    for (const shape & s : shapes) {
-        if (!compare(s)) {
-            fail(s, "refused");
+    for (shape s : shapes) {
+        for (s.threads = 1; s.threads <= 3; s.threads += 2) {
+            const int groups = s.heads / s.shared_by * s.sequences;
+            if (compare(s) != (s.queries > 1 || groups >= s.threads)) {
+                fail(s, "refused, or not");
+            }
         }
     }
-    const shape odd{ 40, 72, 64, 64, 1, 1, NONE };
-    if (compare(odd) != compare({ 72, 40, 64, 64, 1, 1, NONE })) {
-        fail(odd, "refused, or not, where keys and values change places");
+    for (const shape & s : { shape{ 70, 64, 64, 64, 1, 1, NONE }, shape{ 64, 70, 64, 64, 1, 1, NONE },
+                             shape{ 64, 64, 1, 64, 2, 1, NONE } }) {
+        if (compare(s)) {
+            fail(s, "not refused");
+        }
     }
     printf("%zu shapes attended\n", shapes.size());
 }

@@ -1,6 +1,6 @@
-// See pt2-attention.h. Tiles of queries meet tiles of keys: scores = keys * queries^T, whose lanes are queries, so that
-// softmax needs no sums across lanes; results = scores^T * values. Nothing is transposed but the queries and, where
-// it hides some keys and not others, the mask.
+// See pt2-attention.h. Tiles of rows (queries of the heads that share keys and values) meet tiles of keys: scores =
+// keys * queries^T, whose lanes are rows, so that softmax needs no sums across lanes; results = scores^T * values.
+// Nothing is transposed but the queries and, where it hides some keys and not others, the mask.
 #include "pt2-attention.h"
 
 #include "common.h"
@@ -19,105 +19,154 @@
 
 namespace {
 
-constexpr int QUERIES = GGML_FA_TILE_Q;
+constexpr int ROWS = GGML_FA_TILE_Q; // of a tile, at most; llama.cpp has set aside scratch memory for so many
 constexpr int KEYS = GGML_FA_TILE_KV;
-constexpr int ROWS = 4; // of a product, worked on at a time, over WIDE registers
+constexpr int FEWEST_ROWS = 3; // with fewer, most lanes are empty, and llama.cpp's way is as fast
+constexpr int FEW_ROWS = 16;   // as small as tiles become to have some for all threads
 constexpr int WIDE = LANES == 8 ? 2 : 4;
 
-static_assert(QUERIES % (WIDE * LANES) == 0 && KEYS % LANES == 0 && KEYS % ROWS == 0, "tiles are whole registers");
+static_assert(ROWS % (WIDE * LANES) == 0 && FEW_ROWS % LANES == 0 && KEYS % LANES == 0 && KEYS % 8 == 0,
+              "tiles are whole registers");
 
-// c = c * factors (one for each row; 0 if there are none) + a * b, of ROWS rows and COLUMNS registers. Element (r, k)
-// of a lies at r * row + k * step; c and b have rows of `width`.
-template <int COLUMNS>
-ALWAYS_INLINE void multiply_some(float * c, const float * factors, const float * a, int row, int step, const float * b,
-                                 int width, int depth) {
-    floats sum[ROWS][COLUMNS];
+// Products ---------------------------------------------------------------------------------------------
+
+// The matrices of c = c * factors (one for each row; 0 if there are none) + a * b.
+struct product {
+    float * c;
+    const float * factors;
+    const float * a;
+    int row, step; // element (r, k) of a lies at r * row + k * step
+    const float * b;
+    int width; // of a row of c and b
+    int depth;
+};
+
+// R rows from r on, of I registers from column `first` on.
+template <int R, int I> ALWAYS_INLINE void multiply_some(const product & p, int r, int first) {
+    float * c = p.c + r * p.width + first;
+    floats sum[R][I];
     UNROLL
-    for (int r = 0; r < ROWS; ++r) {
+    for (int j = 0; j < R; ++j) {
         UNROLL
-        for (int i = 0; i < COLUMNS; ++i) {
-            sum[r][i] = factors ? multiply(load(c + r * width + i * LANES), broadcast(factors[r])) : broadcast(0);
+        for (int i = 0; i < I; ++i) {
+            sum[j][i] =
+                p.factors ? multiply(load(c + j * p.width + i * LANES), broadcast(p.factors[r + j])) : broadcast(0);
         }
     }
-    for (int k = 0; k < depth; ++k) {
-        floats of_b[COLUMNS];
+    const float * a = p.a + r * p.row;
+    const float * b = p.b + first;
+    for (int k = 0; k < p.depth; ++k, a += p.step, b += p.width) {
+        floats of_b[I];
         UNROLL
-        for (int i = 0; i < COLUMNS; ++i) {
-            of_b[i] = load(b + (size_t) k * width + i * LANES);
+        for (int i = 0; i < I; ++i) {
+            of_b[i] = load(b + i * LANES);
             KEEP(of_b[i]);
         }
         UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-            floats of_a = broadcast(a[r * row + k * step]);
+        for (int j = 0; j < R; ++j) {
+            const floats of_a = broadcast(a[j * p.row]);
             UNROLL
-            for (int i = 0; i < COLUMNS; ++i) {
-                sum[r][i] = multiply_add(of_a, of_b[i], sum[r][i]);
+            for (int i = 0; i < I; ++i) {
+                sum[j][i] = multiply_add(of_a, of_b[i], sum[j][i]);
             }
         }
     }
     UNROLL
-    for (int r = 0; r < ROWS; ++r) {
+    for (int j = 0; j < R; ++j) {
         UNROLL
-        for (int i = 0; i < COLUMNS; ++i) {
-            store(c + r * width + i * LANES, sum[r][i]);
+        for (int i = 0; i < I; ++i) {
+            store(c + j * p.width + i * LANES, sum[j][i]);
         }
     }
 }
 
-// The same of `rows` rows, a multiple of ROWS or rounded up to one, and `width` columns.
-ALWAYS_INLINE void multiply_all(float * c, const float * factors, const float * a, int row, int step, const float * b,
-                                int rows, int width, int depth) {
-    for (int r = 0; r < rows; r += ROWS) {
-        float * to = c + r * width;
-        const float * scale = factors ? factors + r : nullptr;
-        const float * from = a + r * row;
-        int i = 0;
-        for (; i + WIDE * LANES <= width; i += WIDE * LANES) {
-            multiply_some<WIDE>(to + i, scale, from, row, step, b + i, width, depth);
+// So many rows, rounded up to 8, and columns, rounded up to LANES.
+ALWAYS_INLINE void multiply_all(const product & p, int rows, int columns) {
+    int first = 0;
+    for (; first + WIDE * LANES <= columns; first += WIDE * LANES) {
+        for (int r = 0; r < rows; r += 4) {
+            multiply_some<4, WIDE>(p, r, first);
         }
-        for (; i < width; i += LANES) {
-            multiply_some<1>(to + i, scale, from, row, step, b + i, width, depth);
+    }
+    for (; first < columns; first += LANES) {
+        for (int r = 0; r < rows; r += 8) { // as many sums as it takes to not wait for them
+            multiply_some<8, 1>(p, r, first);
         }
     }
 }
 
-// Rows of keys or values as floats.
-void widen(float * to, const char * from, size_t stride, ggml_type type, int rows, int length) {
-    for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < length; i += LANES) {
-            store(to + r * length + i, type == GGML_TYPE_F16 ? from_half((const ggml_fp16_t *) (from + r * stride) + i)
-                                                             : load((const float *) (from + r * stride) + i));
-        }
-    }
-}
+// Tiles ------------------------------------------------------------------------------------------------
 
-// to[i][q] = scale * queries[q][i]; 0 for queries from `rows` on.
-void transpose_queries(float * to, const char * queries, size_t stride, float scale, int rows, int length) {
-    for (int q = 0; q < QUERIES; q += LANES) {
+// Rows of results, whose queries see the same keys and values.
+struct tile {
+    int rows;
+    const float * query[ROWS];
+    const ggml_fp16_t * mask[ROWS];
+    float slope[ROWS]; // of the mask
+    int head[ROWS];
+    float * result[ROWS];
+    // What is known of the keys so far:
+    float top[ROWS];     // the largest score; finite, so that scores of minus infinity weigh nothing
+    float sum[ROWS];     // of the weights exp(score - top)
+    float factors[ROWS]; // by which earlier weights have shrunk since the last keys
+};
+
+// to[i][r] = scale * query r[i]; 0 for rows up to the next multiple of LANES.
+void transpose_queries(float * to, const tile & t, float scale, int length) {
+    for (int r = 0; r < t.rows; r += LANES) {
         for (int i = 0; i < length; i += LANES) {
             floats block[LANES];
-            for (int r = 0; r < LANES; ++r) {
-                block[r] = q + r < rows
-                               ? multiply(load((const float *) (queries + (q + r) * stride) + i), broadcast(scale))
-                               : broadcast(0);
+            for (int j = 0; j < LANES; ++j) {
+                block[j] = r + j < t.rows ? multiply(load(t.query[r + j] + i), broadcast(scale)) : broadcast(0);
             }
             transpose(block);
-            for (int r = 0; r < LANES; ++r) {
-                store(to + (i + r) * QUERIES + q, block[r]);
+            for (int j = 0; j < LANES; ++j) {
+                store(to + (i + j) * ROWS + r, block[j]);
             }
         }
+    }
+}
+
+// Some keys, or their values.
+struct matrix {
+    const char * data;
+    size_t stride; // bytes from row to row
+    ggml_type type;
+    int length; // of a row
+
+    matrix from(int64_t row) const {
+        return { data + row * stride, stride, type, length };
+    }
+
+    size_t row_size() const {
+        return length * (type == GGML_TYPE_F16 ? sizeof(ggml_fp16_t) : sizeof(float));
+    }
+};
+
+// Rows as floats; asks for as many rows of what is needed next, as processors do not prefetch rows that lie apart.
+void widen(float * to, const matrix & m, int rows, const matrix & next) {
+    for (int r = 0; r < rows; ++r) {
+        const char * from = m.data + r * m.stride;
+        for (int i = 0; i < m.length; i += LANES) {
+            store(to + r * m.length + i,
+                  m.type == GGML_TYPE_F16 ? from_half((const ggml_fp16_t *) from + i) : load((const float *) from + i));
+        }
+        prefetch<L2>(next.data, r * next.stride, r * next.stride + next.row_size());
     }
 }
 
 enum class view { NOTHING, SOME, ALL };
 
-// What a mask leaves to see of some keys.
-view seen(const char * mask, size_t stride, int rows, int keys) {
+// What the mask leaves to see of some keys.
+view seen(const tile & t, int first, int keys) {
     constexpr uint16_t HIDDEN = 0xfc00; // minus infinity
     uint16_t not_hidden = 0;
     uint16_t not_zero = 0;
-    for (int r = 0; r < rows; ++r) {
-        const uint16_t * row = (const uint16_t *) (mask + r * stride);
+    for (int r = 0; r < t.rows; ++r) {
+        if (r > 0 && t.mask[r] == t.mask[r - 1]) {
+            continue;
+        }
+        const uint16_t * row = (const uint16_t *) t.mask[r] + first;
         for (int k = 0; k < keys; ++k) {
             not_hidden |= row[k] ^ HIDDEN;
             not_zero |= row[k];
@@ -126,165 +175,213 @@ view seen(const char * mask, size_t stride, int rows, int keys) {
     return not_hidden == 0 ? view::NOTHING : not_zero == 0 ? view::ALL : view::SOME;
 }
 
-// scores[k][q] += slope * mask[q][k]
-void add_mask(float * scores, const char * mask, size_t stride, float slope, int rows, int keys) {
-    for (int q = 0; q < rows; q += LANES) {
+// scores[k][r] += slope * mask[r][k]
+void add_mask(float * scores, const tile & t, int first, int keys) {
+    for (int r = 0; r < t.rows; r += LANES) {
+        const floats slope = load(t.slope + r);
         for (int k = 0; k < keys; k += LANES) {
             floats block[LANES];
             const int width = std::min(LANES, keys - k);
-            for (int r = 0; r < LANES; ++r) {
+            for (int j = 0; j < LANES; ++j) {
                 ggml_fp16_t some[LANES] = {};
-                if (q + r < rows) {
-                    memcpy(some, (const ggml_fp16_t *) (mask + (q + r) * stride) + k, width * sizeof(some[0]));
+                if (r + j < t.rows) {
+                    memcpy(some, t.mask[r + j] + first + k, width * sizeof(some[0]));
                 }
-                block[r] = from_half(some);
+                block[j] = from_half(some);
             }
             transpose(block);
             for (int i = 0; i < width; ++i) {
-                float * row = scores + (k + i) * QUERIES + q;
-                store(row, multiply_add(broadcast(slope), block[i], load(row)));
+                float * row = scores + (k + i) * ROWS + r;
+                store(row, multiply_add(slope, block[i], load(row)));
             }
         }
     }
 }
 
-// What is known of a tile of queries before the next keys.
-struct running {
-    float top[QUERIES];     // the largest score; finite, so that scores of minus infinity weigh nothing
-    float sum[QUERIES];     // of weights exp(score - top)
-    float factors[QUERIES]; // by which the weights of the keys before the last ones have shrunk
-};
-
 // Scores become weights.
-void soften(float * scores, running & state, int keys) {
-    for (int q = 0; q < QUERIES; q += LANES) {
-        const floats before = load(state.top + q);
+void soften(float * scores, tile & t, int keys) {
+    for (int r = 0; r < t.rows; r += LANES) {
+        const floats before = load(t.top + r);
         floats top = before;
         for (int k = 0; k < keys; ++k) {
-            top = larger(top, load(scores + k * QUERIES + q));
+            top = larger(top, load(scores + k * ROWS + r));
         }
         const floats factor = ggml_v_expf(subtract(before, top));
-        floats sum = multiply(load(state.sum + q), factor);
+        floats sum = multiply(load(t.sum + r), factor);
         for (int k = 0; k < keys; ++k) {
-            const floats weight = ggml_v_expf(subtract(load(scores + k * QUERIES + q), top));
-            store(scores + k * QUERIES + q, weight);
+            const floats weight = ggml_v_expf(subtract(load(scores + k * ROWS + r), top));
+            store(scores + k * ROWS + r, weight);
             sum = add(sum, weight);
         }
-        store(state.top + q, top);
-        store(state.sum + q, sum);
-        store(state.factors + q, factor);
+        store(t.top + r, top);
+        store(t.sum + r, sum);
+        store(t.factors + r, factor);
     }
 }
 
-// The slope of ALiBi (as in ggml_compute_forward_flash_attn_ext_tiled).
-float alibi_slope(float max_bias, int head, int heads) {
-    if (max_bias <= 0) {
-        return 1;
-    }
-    const int power = 1 << (int) floorf(log2f((float) heads));
-    return head < power ? powf(powf(2, -max_bias / power), (float) (head + 1))
-                        : powf(powf(2, -max_bias / 2 / power), (float) (2 * (head - power) + 1));
-}
+// The operation ----------------------------------------------------------------------------------------
 
-} // namespace
-
-bool pt2_flash_attn_tiled(const ggml_compute_params * params, ggml_tensor * dst, int ir0, int ir1) {
-    const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
-    const ggml_tensor * v = dst->src[2];
-    const ggml_tensor * mask = dst->src[3];
-    const ggml_tensor * sinks = dst->src[4];
-
-    const int key_length = (int) k->ne[0];
-    const int value_length = (int) v->ne[0];
-    if (key_length % LANES != 0 || value_length % LANES != 0) {
-        return false;
-    }
-    const int queries = (int) q->ne[1];
-    const int heads = (int) q->ne[2];
-    const int keys = (int) k->ne[1];
-
-    float scale, max_bias, softcap;
-    memcpy(&scale, dst->op_params + 0, sizeof(float));
-    memcpy(&max_bias, dst->op_params + 1, sizeof(float));
-    memcpy(&softcap, dst->op_params + 2, sizeof(float));
-    if (softcap != 0) {
-        scale /= softcap;
+class attention {
+public:
+    explicit attention(const ggml_tensor * dst)
+        : dst(dst), q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), mask(dst->src[3]), sinks(dst->src[4]) {
+        key_length = (int) k->ne[0];
+        value_length = (int) v->ne[0];
+        shared_by = (int) (q->ne[2] / k->ne[2]);
+        rows = q->ne[1] * shared_by;
+        groups = k->ne[2] * q->ne[3];
     }
 
-    // Less than llama.cpp's own tiles take, which the plan has set aside.
-    const size_t scratch =
-        QUERIES * (key_length + value_length) + 2 * QUERIES * KEYS + KEYS * (key_length + value_length);
-    float * across = (float *) params->wdata + params->ith * (scratch + CACHE_LINE_SIZE_F32);
-    float * scores = across + QUERIES * key_length;
-    float * results = scores + KEYS * QUERIES;
-    float * wide = results + QUERIES * value_length; // keys, then values
+    bool is_for_tiles() const {
+        return q->type == GGML_TYPE_F32 && (k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_F32) &&
+               v->type == k->type && k->ne[2] == v->ne[2] && key_length % LANES == 0 && value_length % LANES == 0 &&
+               rows >= FEWEST_ROWS;
+    }
 
-    for (int ir = ir0; ir < ir1;) {
-        const int query = ir % queries;
-        const int head = ir / queries % heads;
-        const int64_t sequence = ir / queries / heads;
-        const int rows = std::min({ QUERIES, ir1 - ir, queries - query });
-        const float slope = alibi_slope(max_bias, head, heads);
+    // Rows of a tile such that all threads get some, if there are enough.
+    int64_t tile_rows(int threads) const {
+        int64_t most = ROWS;
+        while (most > FEW_ROWS && tiles(most) < 4 * threads) {
+            most /= 2;
+        }
+        return most;
+    }
 
-        const char * of_q = (const char *) q->data + query * q->nb[1] + head * q->nb[2] + sequence * q->nb[3];
-        const char * of_k =
-            (const char *) k->data + head / (heads / k->ne[2]) * k->nb[2] + sequence / (q->ne[3] / k->ne[3]) * k->nb[3];
-        const char * of_v =
-            (const char *) v->data + head / (heads / v->ne[2]) * v->nb[2] + sequence / (q->ne[3] / v->ne[3]) * v->nb[3];
-        const char * of_mask = mask ? (const char *) mask->data + query * mask->nb[1] +
-                                          head % mask->ne[2] * mask->nb[2] + sequence % mask->ne[3] * mask->nb[3]
-                                    : nullptr;
+    int64_t tiles(int64_t most_rows) const {
+        return groups * tiles_of_group(most_rows);
+    }
 
-        running state;
-        std::fill_n(state.top, QUERIES, -FLT_MAX);
-        std::fill_n(state.sum, QUERIES, 0.0f);
-        memset(results, 0, QUERIES * value_length * sizeof(float));
-        transpose_queries(across, of_q, q->nb[1], scale, rows, key_length);
+    void compute(int64_t number, int64_t most_rows, float * scratch) const {
+        const int64_t group = number / tiles_of_group(most_rows);
+        const int64_t first_row = number % tiles_of_group(most_rows) * most_rows;
+        tile t{};
+        t.rows = (int) std::min(most_rows, rows - first_row);
+        for (int r = 0; r < t.rows; ++r) {
+            set_row(t, r, group, first_row + r);
+        }
+        attend(t, group, scratch);
+    }
 
-        for (int first = 0; first < keys; first += KEYS) {
-            const int count = std::min(KEYS, keys - first);
-            const char * some_mask = mask ? of_mask + first * sizeof(ggml_fp16_t) : nullptr;
-            const view left = mask ? seen(some_mask, mask->nb[1], rows, count) : view::ALL;
+private:
+    const ggml_tensor *dst, *q, *k, *v, *mask, *sinks;
+    int key_length, value_length;
+    int shared_by;  // heads for each head of keys and values
+    int64_t rows;   // queries of those heads
+    int64_t groups; // heads of keys and values, in all sequences
+
+    int64_t tiles_of_group(int64_t most_rows) const {
+        return (rows + most_rows - 1) / most_rows;
+    }
+
+    float parameter(int i) const {
+        float value;
+        memcpy(&value, dst->op_params + i, sizeof(value));
+        return value;
+    }
+
+    // Of ALiBi, as in ggml_compute_forward_flash_attn_ext_tiled.
+    float slope(int head) const {
+        const float max_bias = parameter(1);
+        if (max_bias <= 0) {
+            return 1;
+        }
+        const int power = 1 << (int) floorf(log2f((float) q->ne[2]));
+        return head < power ? powf(powf(2, -max_bias / power), (float) (head + 1))
+                            : powf(powf(2, -max_bias / 2 / power), (float) (2 * (head - power) + 1));
+    }
+
+    void set_row(tile & t, int r, int64_t group, int64_t row) const {
+        const int64_t sequence = group / k->ne[2];
+        const int64_t head = group % k->ne[2] * shared_by + row / q->ne[1];
+        const int64_t query = row % q->ne[1];
+        t.query[r] =
+            (const float *) ((const char *) q->data + query * q->nb[1] + head * q->nb[2] + sequence * q->nb[3]);
+        if (mask) {
+            t.mask[r] = (const ggml_fp16_t *) ((const char *) mask->data + query * mask->nb[1] +
+                                               head % mask->ne[2] * mask->nb[2] + sequence % mask->ne[3] * mask->nb[3]);
+        }
+        t.slope[r] = slope((int) head);
+        t.head[r] = (int) head;
+        t.result[r] = (float *) ((char *) dst->data + ((sequence * q->ne[1] + query) * q->ne[2] + head) * dst->nb[1]);
+        t.top[r] = -FLT_MAX;
+    }
+
+    void attend(tile & t, int64_t group, float * scratch) const {
+        float * across = scratch;
+        float * scores = across + ROWS * key_length;
+        float * results = scores + KEYS * ROWS;
+        float * wide = results + ROWS * value_length; // keys, then values
+
+        const int64_t head = group % k->ne[2];
+        const int64_t sequence = group / k->ne[2];
+        const matrix keys{ (const char *) k->data + head * k->nb[2] + sequence / (q->ne[3] / k->ne[3]) * k->nb[3],
+                           k->nb[1], k->type, key_length };
+        const matrix values{ (const char *) v->data + head * v->nb[2] + sequence / (q->ne[3] / v->ne[3]) * v->nb[3],
+                             v->nb[1], v->type, value_length };
+        const float cap = parameter(2);
+
+        transpose_queries(across, t, cap != 0 ? parameter(0) / cap : parameter(0), key_length);
+        memset(results, 0, ROWS * value_length * sizeof(float));
+        for (int64_t first = 0; first < k->ne[1]; first += KEYS) {
+            const int count = (int) std::min<int64_t>(KEYS, k->ne[1] - first);
+            const view left = mask ? seen(t, (int) first, count) : view::ALL;
             if (left == view::NOTHING) {
                 continue;
             }
-            widen(wide, of_k + first * k->nb[1], k->nb[1], k->type, count, key_length);
-            multiply_all(scores, nullptr, wide, key_length, 1, across, count, QUERIES, key_length);
-            if (softcap != 0) {
-                ggml_vec_tanh_f32(count * QUERIES, scores, scores);
-                ggml_vec_scale_f32(count * QUERIES, scores, softcap);
+            widen(wide, keys.from(first), count, values.from(first));
+            multiply_all({ scores, nullptr, wide, key_length, 1, across, ROWS, key_length }, count, t.rows);
+            for (int key = 0; key < count && cap != 0; ++key) {
+                ggml_vec_tanh_f32(t.rows, scores + key * ROWS, scores + key * ROWS);
+                ggml_vec_scale_f32(t.rows, scores + key * ROWS, cap);
             }
             if (left == view::SOME) {
-                add_mask(scores, some_mask, mask->nb[1], slope, rows, count);
+                add_mask(scores, t, (int) first, count);
             }
-            soften(scores, state, count);
-            widen(wide, of_v + first * v->nb[1], v->nb[1], v->type, count, value_length);
-            multiply_all(results, state.factors, scores, 1, QUERIES, wide, rows, value_length, count);
+            soften(scores, t, count);
+            widen(wide, values.from(first), count, keys.from(first + KEYS));
+            multiply_all({ results, t.factors, scores, 1, ROWS, wide, value_length, count }, t.rows, value_length);
         }
-
-        for (int r = 0; r < rows; ++r) {
-            float sum = state.sum[r];
+        for (int r = 0; r < t.rows; ++r) {
+            float sum = t.sum[r];
             float factor = 1;
             if (sinks) {
-                const float sink = ((const float *) sinks->data)[head];
-                const float top = std::max(state.top[r], sink);
-                factor = expf(state.top[r] - top);
+                const float sink = ((const float *) sinks->data)[t.head[r]];
+                const float top = std::max(t.top[r], sink);
+                factor = expf(t.top[r] - top);
                 sum = sum * factor + expf(sink - top);
             }
-            float * row = results + r * value_length;
-            ggml_vec_scale_f32(value_length, row, sum == 0 ? 0 : factor / sum);
-            memcpy((char *) dst->data + ((sequence * queries + query + r) * heads + head) * dst->nb[1], row,
-                   value_length * sizeof(float));
+            memcpy(t.result[r], results + r * value_length, value_length * sizeof(float));
+            ggml_vec_scale_f32(value_length, t.result[r], sum == 0 ? 0 : factor / sum);
         }
-        ir += rows;
+    }
+};
+
+} // namespace
+
+bool pt2_flash_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    const attention op(dst);
+    const int64_t most_rows = op.is_for_tiles() ? op.tile_rows(params->nth) : 0;
+    // One query and many threads: llama.cpp has threads for parts of the keys, too.
+    if (most_rows == 0 || (dst->src[0]->ne[1] == 1 && op.tiles(most_rows) < params->nth)) {
+        return false;
+    }
+    // As ggml_graph_plan counts what a thread has of its own for llama.cpp's tiles, which is more than these need.
+    const int64_t lengths = dst->src[1]->ne[0] + dst->src[2]->ne[0];
+    const int64_t scratch = (ROWS + KEYS) * lengths + 2 * ROWS * KEYS + (int64_t) CACHE_LINE_SIZE_F32;
+
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+    for (int64_t i = params->ith; i < op.tiles(most_rows); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        op.compute(i, most_rows, (float *) params->wdata + params->ith * scratch);
     }
     return true;
 }
 
 #else
 
-bool pt2_flash_attn_tiled(const ggml_compute_params *, ggml_tensor *, int, int) {
+bool pt2_flash_attn(const ggml_compute_params *, ggml_tensor *) {
     return false;
 }
 

@@ -1,10 +1,11 @@
-// Attention of many queries at once on the CPU, in place of llama.cpp's own tiles.
+// Attention on the CPU where several rows (queries of heads that share keys and values) can be computed together.
 #pragma once
 
 struct ggml_compute_params;
 struct ggml_tensor;
 
-// Computes rows ir0 to ir1 - 1 (query, then head, then sequence, counted as llama.cpp does) of a FLASH_ATTN_EXT: what
-// ggml_compute_forward_flash_attn_ext_tiled in ggml/src/ggml-cpu/ops.cpp does, under the same conditions and in the
-// same scratch memory. False, with nothing done, where this has no vectors for the instruction set.
-bool pt2_flash_attn_tiled(const ggml_compute_params * params, ggml_tensor * dst, int ir0, int ir1);
+// Computes a FLASH_ATTN_EXT with all threads, in the scratch memory that the plan has for it. False, with nothing done,
+// for operations that this is not made for, which llama.cpp then computes in its own ways: other types than F32 queries
+// with F16 or F32 keys and values, heads that do not fill registers, too few rows to share work, one query for more
+// threads than there are heads of keys, and instruction sets without vectors here.
+bool pt2_flash_attn(const ggml_compute_params * params, ggml_tensor * dst);

@@ -50,22 +50,6 @@ template <int n> constexpr int vectors_for() {
     return n == 1 ? panel : std::clamp(SUMS / n, 1, panel);
 }
 
-constexpr size_t LINE = 64;
-
-enum cache { L2 = 2, L1 = 3 }; // as __builtin_prefetch numbers them
-
-template <cache level> inline void prefetch(const void * data, size_t begin, size_t end) {
-#if defined(__GNUC__)
-    for (size_t at = begin; at < end; at += LINE) {
-        __builtin_prefetch((const char *) data + at, 0, level);
-    }
-#else
-    (void) data;
-    (void) begin;
-    (void) end;
-#endif
-}
-
 // AMD's family 26, which may come to have others.
 bool is_zen5() {
 #if defined(__GNUC__) && defined(__x86_64__)

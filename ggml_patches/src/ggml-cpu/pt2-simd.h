@@ -63,6 +63,22 @@
 
 namespace { // internal, so that libraries for several instruction sets can be in one process
 
+constexpr size_t LINE = 64;
+
+enum cache { L2 = 2, L1 = 3 }; // as __builtin_prefetch numbers them
+
+template <cache level> inline void prefetch(const void * data, size_t begin, size_t end) {
+#if defined(__GNUC__)
+    for (size_t at = begin; at < end; at += LINE) {
+        __builtin_prefetch((const char *) data + at, 0, level);
+    }
+#else
+    (void) data;
+    (void) begin;
+    (void) end;
+#endif
+}
+
 inline int32_t four_bytes(const int8_t * q) {
     int32_t four;
     memcpy(&four, q, sizeof(four));
