@@ -59,8 +59,9 @@ template <int R, int I> ALWAYS_INLINE void multiply_some(const product & p, int 
         floats of_b[I];
         UNROLL
         for (int i = 0; i < I; ++i) {
-            of_b[i] = load(b + i * LANES);
-            KEEP(of_b[i]);
+            floats some = load(b + i * LANES);
+            KEEP(some);
+            of_b[i] = some;
         }
         UNROLL
         for (int j = 0; j < R; ++j) {
@@ -307,7 +308,7 @@ private:
     }
 
     void attend(tile & t, int64_t group, float * scratch) const {
-        float * across = scratch;
+        float * across = (float *) (((uintptr_t) scratch + LINE - 1) / LINE * LINE);
         float * scores = across + ROWS * key_length;
         float * results = scores + KEYS * ROWS;
         float * wide = results + ROWS * value_length; // keys, then values
