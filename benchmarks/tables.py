@@ -33,8 +33,10 @@ def main() -> None:
     replace(SPEED, "cpu-ratios", cpu_ratios(cpu))
     replace(SPEED, "cpu-limits", cpu_limits(cpu))
     replace(SPEED, "cpu-batches", cpu_batches(cpu))
-    replace(README, "gpu", figure4_table())
-    replace(SPEED, "gpu-ratios", figure4_ratios())
+    replace(README, "gpu", figure4_table(figure4_rates("figure4")))
+    replace(SPEED, "gpu-ratios", figure4_ratios(figure4_rates("figure4")))
+    replace(SPEED, "h100", figure4_table(figure4_rates("figure4-h100")))
+    replace(SPEED, "h100-ratios", figure4_ratios(figure4_rates("figure4-h100")))
     replace(QUALITY, "fidelity", fidelity_table(load("fidelity-llama-30m")))
     replace(QUALITY, "complexity", complexity_table(load("complexity-cpu")))
     bounds = load("bounds-llama-30m")
@@ -124,7 +126,9 @@ def table3_sizes() -> list[tuple[str, int, int, str]]:
         ours = sizes["TQ1_1.gguf"]
         rows.append((model, sizes["F16"], ours, f"{conversion_seconds(model)} s, two cores"))
     sizes = {
-        kind: int(rate["bytes"]) for (shape, kind), rate in figure4_rates().items() if shape == "7b"
+        kind: int(rate["bytes"])
+        for (shape, kind), rate in figure4_rates("figure4").items()
+        if shape == "7b"
     }
     whole = re.search(r"together ([0-9.]+) s", (RESULTS / "large-7b-h200.log").read_text())
     assert whole is not None
@@ -198,18 +202,20 @@ def cpu_batches(cpu: dict) -> str:
     return table(("columns", *sizes), rows)
 
 
-def figure4_rates() -> dict[tuple[str, str], dict[str, float]]:
+Rates = dict[tuple[str, str], dict[str, float]]
+
+
+def figure4_rates(name: str) -> Rates:
     """Of each shape and type, tokens per second by test and the size of the file in bytes."""
-    rates: dict[tuple[str, str], dict[str, float]] = {}
-    with (RESULTS / "figure4.csv").open(newline="") as stream:
+    rates: Rates = {}
+    with (RESULTS / f"{name}.csv").open(newline="") as stream:
         for row in csv.DictReader(stream):
             of_file = rates.setdefault((row["shape"], row["type"]), {"bytes": float(row["bytes"])})
             of_file[row["test"]] = float(row["tokens/s"])
     return rates
 
 
-def figure4_table() -> str:
-    rates = figure4_rates()
+def figure4_table(rates: Rates) -> str:
     rows = [
         (
             shape.upper(),
@@ -222,9 +228,8 @@ def figure4_table() -> str:
     return table(("LLaMA", "type", "GB", *GPU_TESTS), rows)
 
 
-def figure4_ratios() -> str:
+def figure4_ratios(rates: Rates) -> str:
     """How much faster than Q2_K the ternary types are."""
-    rates = figure4_rates()
     rows = []
     for shape, kind in sorted(rates, key=_by_size):
         if kind.startswith("TQ"):
