@@ -361,9 +361,12 @@ private:
 
 bool pt2_flash_attn(const ggml_compute_params * params, ggml_tensor * dst) {
     const attention op(dst);
-    const int64_t most_rows = op.is_for_tiles() ? op.tile_rows(params->nth) : 0;
+    if (!op.is_for_tiles()) {
+        return false;
+    }
+    const int64_t most_rows = op.tile_rows(params->nth);
     // One query and many threads: llama.cpp has threads for parts of the keys, too.
-    if (most_rows == 0 || (dst->src[0]->ne[1] == 1 && op.tiles(most_rows) < params->nth)) {
+    if (dst->src[0]->ne[1] == 1 && op.tiles(most_rows) < params->nth) {
         return false;
     }
     // As ggml_graph_plan counts what a thread has of its own for llama.cpp's tiles, which is more than these need.
