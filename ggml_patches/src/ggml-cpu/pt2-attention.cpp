@@ -239,6 +239,10 @@ public:
                rows >= FEWEST_ROWS;
     }
 
+    int64_t all_rows() const {
+        return groups * rows;
+    }
+
     // Rows of a tile such that all threads get some, if there are enough.
     int64_t tile_rows(int threads) const {
         int64_t most = ROWS;
@@ -365,8 +369,8 @@ bool pt2_flash_attn(const ggml_compute_params * params, ggml_tensor * dst) {
         return false;
     }
     const int64_t most_rows = op.tile_rows(params->nth);
-    // One query and many threads: llama.cpp has threads for parts of the keys, too.
-    if (dst->src[0]->ne[1] == 1 && op.tiles(most_rows) < params->nth) {
+    // One query and many threads: llama.cpp has all threads work, on parts of the keys.
+    if (dst->src[0]->ne[1] == 1 && op.all_rows() < FEWEST_ROWS * params->nth) {
         return false;
     }
     // As ggml_graph_plan counts what a thread has of its own for llama.cpp's tiles, which is more than these need.

@@ -6,6 +6,6 @@ struct ggml_tensor;
 
 // Computes a FLASH_ATTN_EXT with all threads, in the scratch memory that the plan has for it. False, with nothing done,
 // for operations that this is not made for, which llama.cpp then computes in its own ways: other types than F32 queries
-// with F16 or F32 keys and values, heads that do not fill registers, too few rows to share work, one query for more
-// threads than there are heads of keys, and instruction sets without vectors here.
+// with F16 or F32 keys and values, heads that do not fill registers, too few rows to share work, one query with few
+// heads for each thread, and instruction sets without vectors here.
 bool pt2_flash_attn(const ggml_compute_params * params, ggml_tensor * dst);
