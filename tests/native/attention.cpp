@@ -259,9 +259,9 @@ int main() {
     shapes.push_back({ 64, 64, 70, 128, 4, 2, SOME_ROWS, GGML_TYPE_F16, 1, 0, 0, true, 3 });
     shapes.push_back({ 192, 128, 65, 100, 2, 1, CAUSAL });
     for (shape s : shapes) {
-        for (const int threads : { 1, 3, 6 }) {
+        for (const int threads : { 1, 3, 9 }) {
             s.threads = threads;
-            if (compare(s) != (s.queries > 1 || s.heads >= 3 * s.threads)) {
+            if (compare(s) != (s.queries > 1 || s.heads >= 2 * s.threads)) {
                 fail(s, "refused, or not");
             }
         }

@@ -370,7 +370,7 @@ bool pt2_flash_attn(const ggml_compute_params * params, ggml_tensor * dst) {
     }
     const int64_t most_rows = op.tile_rows(params->nth);
     // One query and many threads: llama.cpp has all threads work, on parts of the keys.
-    if (dst->src[0]->ne[1] == 1 && op.all_rows() < FEWEST_ROWS * params->nth) {
+    if (dst->src[0]->ne[1] == 1 && op.all_rows() < 2 * params->nth) {
         return false;
     }
     // As ggml_graph_plan counts what a thread has of its own for llama.cpp's tiles, which is more than these need.
