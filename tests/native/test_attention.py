@@ -54,8 +54,8 @@ def test_graphs_attend_as_the_reference(installation) -> None:
     # More threads than processors, which would wait for each other busily.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     command = [Path(installation.bin) / "test-backend-ops", "test", "-b", "CPU"]
-    # 75 queries are those that are computed in tiles.
-    command += ["-o", "FLASH_ATTN_EXT", "-p", "hsk=(64|80|192),.*kv=113,nb=75"]
+    # Some of the cases, which take minutes together: one query (of several heads), a few, and many.
+    command += ["-o", "FLASH_ATTN_EXT", "-p", "hsk=(64|80|192),.*kv=113,nb=(1|3|75)"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-4000:]
     tested = re.search(r"(\d+)/(\d+) tests passed", finished.stdout)
