@@ -8,6 +8,7 @@ get_property(targets DIRECTORY "${LLAMA_CPP_DIR}/ggml/src" PROPERTY BUILDSYSTEM_
 foreach(target IN LISTS targets)
     if(target MATCHES "^ggml-cpu(-|$)" AND NOT target MATCHES "-feats$")
         target_sources(${target} PRIVATE
+            "${PT2_PATCHES}/src/ggml-cpu/pt2-amx.cpp"
             "${PT2_PATCHES}/src/ggml-cpu/pt2-attention.cpp"
             "${PT2_PATCHES}/src/ggml-cpu/pt2-cpu.c"
             "${PT2_PATCHES}/src/ggml-cpu/pt2-panel.cpp"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from instruction_sets import (
     INSTRUCTION_SETS,
-    PATCHES,
+    KERNEL_SOURCES,
     header_options,
     library_options,
     runs_here,
@@ -34,7 +34,7 @@ def ggml(installation: Installation) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Kernels:
-    """pt2-cpu.c and pt2-panel.cpp for one instruction set."""
+    """KERNEL_SOURCES for one instruction set."""
 
     name: str
     library: ctypes.CDLL
@@ -67,7 +67,6 @@ def kernels(
     library = tmp_path_factory.mktemp("kernels") / f"libpt2-{name}.so"
     # -Bsymbolic: else the functions of libggml-cpu.so, which have the same names, would be called.
     command = ["cc", "-O3", "-shared", "-fPIC", "-Wl,-Bsymbolic", *INSTRUCTION_SETS[name][0]]
-    command += [*header_options(installation), PATCHES / "ggml-cpu" / "pt2-cpu.c"]
-    command += [PATCHES / "ggml-cpu" / "pt2-panel.cpp", *library_options(installation)]
+    command += [*header_options(installation), *KERNEL_SOURCES, *library_options(installation)]
     subprocess.run([*command, "-o", library], check=True)
     return Kernels(name, ctypes.CDLL(str(library)), slots)

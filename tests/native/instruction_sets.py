@@ -13,6 +13,7 @@ INSTRUCTION_SETS: dict[str, tuple[list[str], set[str]]] = {
     "avx2": (["-mavx2", "-mfma", "-mf16c"], {"avx2", "fma", "f16c"}),
     "avxvnni": (["-mavx2", "-mfma", "-mf16c", "-mavxvnni"], {"avx_vnni"}),
     "avx512vnni": (["-march=icelake-server"], {"avx512_vnni", "avx512vbmi"}),
+    "amx": (["-march=sapphirerapids"], {"amx_int8", "avx512_fp16"}),
 }
 """By name: what the compiler may use, and the flags of CPUs that can run it."""
 
@@ -46,10 +47,14 @@ def library_options(installation: Installation) -> list[str]:
     return [*paths, "-lggml", "-lggml-cpu", "-lggml-base", "-lm"]
 
 
+KERNEL_SOURCES = [
+    PATCHES / "ggml-cpu" / name for name in ("pt2-cpu.c", "pt2-panel.cpp", "pt2-amx.cpp")
+]
+"""What multiplies, but for ggml's graphs."""
+
 DRIVER_SOURCES = [
     PATCHES / "ggml" / "ggml-pt2.c",
-    PATCHES / "ggml-cpu" / "pt2-cpu.c",
-    PATCHES / "ggml-cpu" / "pt2-panel.cpp",
+    *KERNEL_SOURCES,
     Path(__file__).with_name("run_kernels.c"),
 ]
 """Of the program that runs the kernels by itself."""

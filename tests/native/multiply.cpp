@@ -284,7 +284,11 @@ int main() {
         ++count;
     };
     for (ggml_type type : { GGML_TYPE_TQ1_1, GGML_TYPE_TQ2_1 }) {
+        std::vector<int> columns_tried = { 127, 128, 129, 200, 300 }; // strips
         for (int columns = 1; columns <= 33; ++columns) {
+            columns_tried.push_back(columns);
+        }
+        for (int columns : columns_tried) {
             shape s = { type, 128 * between(1, 5), between(1, 150), columns };
             s.lie = columns % 2 ? CONTIGUOUS : PADDED;
             s.permuted = columns % 3 == 0;

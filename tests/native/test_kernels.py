@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import numpy as np
 import pytest
@@ -62,9 +63,14 @@ def make_panel(kernels, block_type: BlockType, data: np.ndarray, rows: int, bloc
 
 def tile_columns(kernels) -> range:
     """The numbers of columns that tiles have."""
-    most = kernels.library.pt2_tile_columns()
-    assert 1 <= most <= 4
+    most = next(n for n in range(1, 17) if kernels.library.pt2_tiles(n + 1) > 1)
     return range(1, most + 1)
+
+
+def tile_bounds(kernels, columns: int) -> list[int]:
+    """Where the tiles of a strip begin, and where it ends."""
+    tiles = kernels.library.pt2_tiles(columns)
+    return [columns * t // tiles for t in range(tiles + 1)]
 
 
 def quantize_tile(
@@ -97,9 +103,14 @@ def column(tile: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def panel_dot(kernels, panel: np.ndarray, tile: np.ndarray, n: int, rows: int, blocks: int):
     """(n, rows) float32; nothing else is written."""
-    places = [np.full(ROWS + 8, np.nan, dtype=np.float32) for _ in range(n)]
-    kernels.library.pt2_panel_dot(
-        address(panel), address(tile), n, ctypes.c_int64(blocks), rows, addresses(places)
+    places = [np.full(rows + 8, np.nan, dtype=np.float32) for _ in range(n)]
+    kernels.library.pt2_panels_dot(
+        address(panel),
+        ctypes.c_int64(rows),
+        address(tile),
+        n,
+        ctypes.c_int64(blocks),
+        addresses(places),
     )
     assert all(np.isnan(place[rows:]).all() for place in places), "wrote beyond the rows"
     return np.array([place[:rows] for place in places])
@@ -372,6 +383,35 @@ def test_some_of_a_panels_rows(kernels):
         for rows in range(1, ROWS):
             results = panel_dot(kernels, panel, tile, n, rows, 2)
             assert results.tobytes() == expected[:, :rows].tobytes()
+
+
+@pytest.mark.parametrize("rows", [ROWS, 3 * ROWS, 3 * ROWS - 7])
+def test_columns_of_a_strip_are_multiplied_as_if_alone(kernels, rows):
+    """To the last bit, however a strip is cut into tiles."""
+    rng = np.random.default_rng()
+    blocks = 5
+    panels = np.concatenate(
+        [
+            make_panel(kernels, TQ2_1, random_rows(rng, TQ2_1, ROWS, blocks), ROWS, blocks)
+            for _ in range(-(-rows // ROWS))
+        ]
+    )
+    x = [scaled_activations(rng, blocks) for _ in range(128)]
+    alone = np.concatenate(
+        [panel_dot(kernels, panels, make_tile(kernels, [c]), 1, rows, blocks) for c in x]
+    )
+    for columns in [*range(1, 40), 63, 65, 127, 128]:
+        bounds = tile_bounds(kernels, columns)
+        tiles = [make_tile(kernels, x[a:b]) for a, b in itertools.pairwise(bounds)]
+        strip = np.concatenate([tile.view(np.uint8) for tile in tiles])
+        results = panel_dot(kernels, panels, strip, columns, rows, blocks)
+        assert results.tobytes() == alone[:columns].tobytes()
+
+
+def test_tiles_are_as_wide_as_the_instruction_set(kernels):
+    widest = {"plain": 1, "amx": 16}
+    if kernels.name != "host":
+        assert max(tile_columns(kernels)) == widest.get(kernels.name, 4)
 
 
 def test_panels_and_tiles_need_no_alignment(kernels):

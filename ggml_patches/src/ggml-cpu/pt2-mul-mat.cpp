@@ -186,13 +186,25 @@ class mul_mat : public ggml::cpu::tensor_traits {
         return true;
     }
 
-    // Calls function(first, n) for each tile of the matrix.
-    template <typename F> static void each_tile(const multiplication & product, int64_t matrix, const F & function) {
-        const int64_t end = product.first_column(matrix + 1);
-        const int64_t most = pt2_tile_columns();
-        for (int64_t first = product.first_column(matrix); first < end; first += most) {
-            function(first, (int) std::min(most, end - first));
+    // Calls function(first, n) for each strip of the matrix's columns.
+    template <typename F> static void each_strip(const multiplication & product, int64_t matrix, const F & function) {
+        const int64_t begin = product.first_column(matrix);
+        const int64_t columns = product.first_column(matrix + 1) - begin;
+        const int64_t strips = (columns + PT2_STRIP_COLUMNS - 1) / PT2_STRIP_COLUMNS;
+        for (int64_t s = 0; s < strips; ++s) {
+            const int64_t first = columns * s / strips;
+            function(begin + first, (int) (columns * (s + 1) / strips - first));
         }
+    }
+
+    // The same for tiles.
+    template <typename F> static void each_tile(const multiplication & product, int64_t matrix, const F & function) {
+        each_strip(product, matrix, [&](int64_t first, int columns) {
+            for (int t = 0; t < pt2_tiles(columns); ++t) {
+                const int begin = pt2_tile_begin(columns, t);
+                function(first + begin, pt2_tile_begin(columns, t + 1) - begin);
+            }
+        });
     }
 
     static void * tile_at(char * work, int64_t column, int64_t blocks) {
@@ -248,19 +260,14 @@ class mul_mat : public ggml::cpu::tensor_traits {
             panels = scratch;
         }
 
-        each_tile(product, matrix, [&](int64_t first, int n) {
-            float * out[PT2_TILE_COLUMNS_MAX];
+        const int64_t first_row = first_panel * PT2_PANEL_ROWS;
+        const int64_t rows = std::min(last_panel * PT2_PANEL_ROWS, product.rows) - first_row;
+        each_strip(product, matrix, [&](int64_t first, int n) {
+            float * out[PT2_STRIP_COLUMNS];
             for (int i = 0; i < n; ++i) {
-                out[i] = product.at(first + i).out + first_panel * PT2_PANEL_ROWS;
+                out[i] = product.at(first + i).out + first_row;
             }
-            const void * tile = tile_at(work, first, product.blocks);
-            for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-                pt2_panel_dot(panels + (panel - first_panel) * product.blocks, tile, n, product.blocks, rows_in(panel),
-                              out);
-                for (int i = 0; i < n; ++i) {
-                    out[i] += PT2_PANEL_ROWS;
-                }
-            }
+            pt2_panels_dot(panels, rows, tile_at(work, first, product.blocks), n, product.blocks, out);
         });
     }
 };

@@ -4,6 +4,7 @@
 // added.
 #include "pt2-panel.h"
 
+#include "pt2-amx.h"
 #include "pt2-simd.h"
 
 #include <assert.h>
@@ -28,10 +29,16 @@ template <int n> struct tile_block {
     float sum[n];
 };
 
-constexpr int TILE_COLUMNS = std::min(SUMS, PT2_TILE_COLUMNS_MAX);
+constexpr int TILE_COLUMNS = std::min(SUMS, 4); // as many as the registers hold
 
-// Calls function(std::integral_constant<int, n>()) for the n that is given at run time.
-template <int n = TILE_COLUMNS, typename F> void with_columns(int columns, const F & function) {
+// With a tile's columns or fewer, unpacking the digits for AMX takes longer than it spares.
+bool uses_amx(int columns) {
+    return columns > TILE_COLUMNS && pt2_amx_is_usable();
+}
+
+// Calls function(std::integral_constant<int, n>()) for the n, at most `most`, that is given at run time.
+template <int most, typename F> void with_columns(int columns, const F & function) {
+    constexpr int n = most;
     if constexpr (n > 1) {
         if (columns < n) {
             return with_columns<n - 1>(columns, function);
@@ -328,8 +335,9 @@ void pt2_panel_from_rows(enum ggml_type type, const void * data, size_t row_size
     }
 }
 
-int pt2_tile_columns(void) {
-    return TILE_COLUMNS;
+int pt2_tiles(int columns) {
+    const int most = uses_amx(columns) ? PT2_TILE_COLUMNS_MAX : TILE_COLUMNS;
+    return (columns + most - 1) / most;
 }
 
 size_t pt2_tile_size(int n, int64_t blocks) {
@@ -341,7 +349,7 @@ void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int
     if (perm) {
         prefetch<L2>(perm, first * QK_PT2 * sizeof(*perm), last * QK_PT2 * sizeof(*perm));
     }
-    with_columns(n, [&](auto columns) {
+    with_columns<PT2_TILE_COLUMNS_MAX>(n, [&](auto columns) {
         auto * blocks = (tile_block<columns> *) tile;
         for (int64_t b = first; b < last; ++b) {
             float gathered[columns][QK_PT2];
@@ -360,9 +368,26 @@ void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int
     });
 }
 
-void pt2_panel_dot(const block_panel * panel, const void * tile, int n, int64_t blocks, int rows, float * const * out) {
-    with_columns(n, [&](auto columns) {
-        const auto multiply_panel = PREFETCH_INTO_L1 ? dot_panel<L1, columns> : dot_panel<L2, columns>;
-        multiply_panel(panel, (const tile_block<columns> *) tile, blocks, rows, out);
-    });
+void pt2_panels_dot(const block_panel * panels, int64_t rows, const void * tiles, int columns, int64_t blocks,
+                    float * const * out) {
+    if (uses_amx(columns)) {
+        pt2_amx_panels_dot(panels, rows, tiles, columns, blocks, out);
+        return;
+    }
+    const int count = pt2_tiles(columns);
+    for (int t = 0; t < count; ++t) {
+        const int first = pt2_tile_begin(columns, t);
+        const void * tile = (const char *) tiles + pt2_tile_size(first, blocks);
+        with_columns<TILE_COLUMNS>(pt2_tile_begin(columns, t + 1) - first, [&](auto n) {
+            const auto multiply_panel = PREFETCH_INTO_L1 ? dot_panel<L1, n> : dot_panel<L2, n>;
+            for (int64_t row = 0; row < rows; row += PT2_PANEL_ROWS) {
+                float * places[n];
+                for (int i = 0; i < n; ++i) {
+                    places[i] = out[first + i] + row;
+                }
+                multiply_panel(panels + row / PT2_PANEL_ROWS * blocks, (const tile_block<n> *) tile, blocks,
+                               (int) std::min<int64_t>(PT2_PANEL_ROWS, rows - row), places);
+            }
+        });
+    }
 }

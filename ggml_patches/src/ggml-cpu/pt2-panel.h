@@ -32,9 +32,16 @@ static_assert(sizeof(block_panel) == PT2_PANEL_ROWS * sizeof(block_tq2_1), "bloc
 void pt2_panel_from_rows(enum ggml_type type, const void * data, size_t row_size, int rows, int64_t blocks,
                          block_panel * panel);
 
-// The most columns of a tile: as many as the registers of the instruction set hold.
-#define PT2_TILE_COLUMNS_MAX 4
-int pt2_tile_columns(void);
+// Columns are multiplied in strips of at most so many, and a strip is cut into tiles as even as can be: of no more
+// columns than the instruction set multiplies at a time. Tile t begins with column pt2_tile_begin(columns, t) of the
+// strip, and has the columns up to the next one's; the last tile is one of the largest.
+#define PT2_STRIP_COLUMNS    128
+#define PT2_TILE_COLUMNS_MAX 16
+int pt2_tiles(int columns);
+
+static inline int pt2_tile_begin(int columns, int tile) {
+    return columns * tile / pt2_tiles(columns);
+}
 
 // Bytes of a tile of n columns of that many blocks; at least those of its columns as Q8_T.
 size_t pt2_tile_size(int n, int64_t blocks);
@@ -43,8 +50,10 @@ size_t pt2_tile_size(int n, int64_t blocks);
 // quantize_row_q8_t gives. perm, unless NULL: element j of a column is x[i][perm[j]].
 void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int64_t first, int64_t last, void * tile);
 
-// out[i][r] = row r of the panel times column i of the tile, for the first `rows` rows.
-void pt2_panel_dot(const block_panel * panel, const void * tile, int n, int64_t blocks, int rows, float * const * out);
+// out[i][r] = row r of the panels times column i of a strip, whose tiles follow each other, for the first `rows` rows.
+// Which columns are multiplied together does not change their products.
+void pt2_panels_dot(const block_panel * panels, int64_t rows, const void * tiles, int columns, int64_t blocks,
+                    float * const * out);
 
 #ifdef __cplusplus
 }
