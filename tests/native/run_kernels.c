@@ -184,6 +184,7 @@ static void check_products(const weights * w, const block_panel * panel, int row
     }
     pt2_panels_dot(panel, rows, tiles, columns, blocks, out);
 
+    float * s = exact(sizeof(float), 0);
     for (int i = 0; i < columns; ++i) {
         float * gathered = exact(n * sizeof(float), 0);
         for (int j = 0; j < n; ++j) {
@@ -202,7 +203,6 @@ static void check_products(const weights * w, const block_panel * panel, int row
             // See test_kernels.py.
             const double tolerance = (2 * blocks + 4) * magnitude * 0x1p-24;
             check(fabs(out[i][r] - expected) <= tolerance, "pt2_panels_dot", n);
-            float * s = exact(sizeof(float), 0);
             w->type->dot(n, s, 0, w->packed + r * w->row_size, 0, q, 0, 1);
             check(fabs(*s - expected) <= tolerance, "vec_dot", n);
         }
