@@ -7,4 +7,4 @@ set(PT2_PIN_COMMIT  "0c1e57098")
 
 # Digest of the sources that the hooks leave alone (pt2_tree_digest), to recognise the pin in a
 # tree of the user's own.
-set(PT2_PIN_DIGEST  "c96c70f362572cbb1fc287518ceedcee08c3b21d913d4381f8d4fbbc932c9dd1")
+set(PT2_PIN_DIGEST  "b36250fbdc0c702031f2c197dda62b7cd283ea27d7717cc745f9b73987b757a9")

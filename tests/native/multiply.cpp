@@ -262,22 +262,74 @@ static void check_shape(ggml_backend_t backend, ggml_backend_buffer_type_t panel
     }
 }
 
-static ggml_backend_buffer_type_t panel_buffer_type(ggml_backend_t backend) {
+// Of the CPU's buffer types the one of that name, or nullptr.
+static ggml_backend_buffer_type_t extra_buffer_type(ggml_backend_t backend, const char * name) {
     ggml_backend_dev_t device = ggml_backend_get_device(backend);
     const auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
         ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
     for (ggml_backend_buffer_type_t * buft = get_extra_bufts(device); *buft; ++buft) {
-        if (strcmp(ggml_backend_buft_name(*buft), "CPU_PT2") == 0) {
+        if (strcmp(ggml_backend_buft_name(*buft), name) == 0) {
             return *buft;
         }
     }
-    fprintf(stderr, "there is no buffer type of panels\n");
-    exit(1);
+    return nullptr;
+}
+
+// llama.cpp's own AMX kernels, between ternary products: they need the registers as a thread had them before.
+static void check_beside_stock_amx(ggml_backend_t backend, ggml_backend_buffer_type_t panels,
+                                   ggml_backend_buffer_type_t amx) {
+    shape s = { GGML_TYPE_TQ2_1, 512, 256, 20 };
+    s.shares[0] = 2; // one matrix of weights, two of activations
+    const inputs in(s);
+    std::vector<uint8_t> stock(s.rows * ggml_row_size(GGML_TYPE_Q8_0, s.length));
+    ggml_quantize_chunk(GGML_TYPE_Q8_0, in.fitted.data(), stock.data(), 0, s.rows, s.length, nullptr);
+
+    ggml_context_ptr ours_ctx = new_context(), stock_ctx = new_context(), ctx = new_context();
+    ggml_tensor * ours = ggml_new_tensor_2d(ours_ctx.get(), s.type, s.length, s.rows);
+    ggml_tensor * theirs = ggml_new_tensor_2d(stock_ctx.get(), GGML_TYPE_Q8_0, s.length, s.rows);
+    ggml_backend_buffer_ptr ours_buffer(ggml_backend_alloc_ctx_tensors_from_buft(ours_ctx.get(), panels));
+    ggml_backend_buffer_ptr stock_buffer(ggml_backend_alloc_ctx_tensors_from_buft(stock_ctx.get(), amx));
+    ggml_backend_tensor_set(ours, in.weights.data(), 0, in.weights.size());
+    ggml_backend_tensor_set(theirs, stock.data(), 0, stock.size());
+
+    ggml_tensor * x = new_activations(ctx.get(), s, in);
+    ggml_tensor * products[4];
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    for (int i = 0; i < 4; ++i) {
+        products[i] = ggml_mul_mat(ctx.get(), i % 2 ? theirs : ours, x);
+        ggml_build_forward_expand(graph, products[i]);
+    }
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
+    for (int threads : { 1, 2, 3, 7 }) {
+        ggml_backend_buffer_clear(buffer.get(), 0xFF); // NaN
+        set_activations(x, in);
+        ggml_backend_cpu_set_n_threads(backend, threads);
+        check(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS, s, "computing failed");
+        const float * first = (const float *) products[0]->data;
+        check_products(s, in, std::vector<float>(first, first + ggml_nelements(products[0])));
+        for (int i = 2; i < 4; ++i) {
+            check(memcmp(products[i]->data, products[i - 2]->data, ggml_nbytes(products[i])) == 0, s,
+                  "a product after the other kernels' differs");
+        }
+        // The activations of both and Q8_0's weights, at most 1, are rounded to steps of at most 1/127: an error of
+        // which the standard deviation is the step's by the root of 12. Six times that of the sum.
+        for (int64_t i = 0; i < ggml_nelements(products[0]); ++i) {
+            const float difference = ((const float *) products[1]->data)[i] - first[i];
+            check(std::fabs(difference) <= 6 * std::sqrt(s.length * 3 / 12.0) / 127, s, "a stock product is wrong");
+        }
+    }
 }
 
 int main() {
     ggml_backend_ptr backend(ggml_backend_cpu_init());
-    ggml_backend_buffer_type_t panels = panel_buffer_type(backend.get());
+    ggml_backend_buffer_type_t panels = extra_buffer_type(backend.get(), "CPU_PT2");
+    if (!panels) {
+        fprintf(stderr, "there is no buffer type of panels\n");
+        return 1;
+    }
+    if (ggml_backend_buffer_type_t amx = extra_buffer_type(backend.get(), "AMX")) {
+        check_beside_stock_amx(backend.get(), panels, amx);
+    }
     int count = 0;
     const auto test = [&](const shape & s) {
         check_shape(backend.get(), panels, s);
@@ -299,7 +351,15 @@ int main() {
         for (int rows : { 1, 31, 32, 33, 64, 65, 3200 }) { // the last needs many chunks
             test({ type, 1152, rows, 3 });
         }
-        test({ type, 17920, 64, 2 }); // a panel is larger than a chunk
+        test({ type, 17920, 64, 2 });           // a panel is larger than a chunk
+        shape several = { type, 256, 96, 150 }; // more than a strip of columns for each matrix
+        several.matrices[0] = 2;
+        test(several);
+        shape experts = { type, 256, 96, 200 };
+        experts.experts = 4;
+        experts.used = 3;
+        experts.permuted = true;
+        test(experts);
         for (layout lie : { CONTIGUOUS, PADDED, SWAPPED }) {
             for (bool permuted : { false, true }) {
                 for (int rows : { 37, 96 }) {
