@@ -1,11 +1,12 @@
 """Speed on one CPU core: our types, llama.cpp's own, and what the core can do at best.
 
-    python benchmarks/cpu.py [--rounds N] [--peer NAME=LLAMA_BENCH=MODEL ...]
+    python benchmarks/cpu.py [--rounds N] [--peer NAME=LLAMA_BENCH=MODEL ...] [--output FILE]
 
 Makes models of a 1.1 B LLaMA shape with random weights (synthetic.py; no download), then runs
 llama-bench on all of them in turn, several rounds, so that what else the machine does hits all
 alike. Every round also measures memory bandwidth and the peak of the dot-product instruction
-(cpu_limits.c). Writes benchmarks/results/cpu.json, which benchmarks/tables.py turns into tables.
+(cpu_limits.c). Writes benchmarks/results/cpu.json unless another file is given: cpu-amx.json is of
+a machine with AMX. benchmarks/tables.py turns both into tables.
 --peer adds a model of another program that has a llama-bench, such as ik_llama.cpp's IQ2_BN.
 """
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=LLAMA_BENCH=MODEL")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
     options = parser.parse_args()
     work = WORK / "cpu"
     work.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def main() -> None:
         "batches": curve,
         "two threads": scaling,
     }
-    (RESULTS / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def model(work: Path, name: str, kind: str, permuted: bool = True) -> Path:

@@ -1,4 +1,4 @@
-// Runs every function of pt2-panel.cpp, pt2-cpu.c and ggml-pt2.c on buffers of exactly the size that it
+// Runs every function of pt2-panel.cpp, pt2-amx.cpp, pt2-cpu.c and ggml-pt2.c on buffers of exactly the size that it
 // may touch, and checks what it computed. Built with sanitizers, or for another processor: then
 // pages that may not be touched follow the buffers.
 #include "ggml-impl.h"
@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 // What the kernels need of ggml's libraries, which a cross compiler does not have.
 float ggml_table_f32_f16[1 << 16];
@@ -55,8 +57,6 @@ static const weight_type TYPES[] = {
 
 static const int LENGTHS[] = { 128, 256, 384, 640, 1152, 4224, 17920 };
 
-#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
-
 static void check(bool holds, const char * what, int n) {
     if (!holds) {
         fprintf(stderr, "%s is wrong for rows of %d\n", what, n);
@@ -64,19 +64,42 @@ static void check(bool holds, const char * what, int n) {
     }
 }
 
+// What exact() has given since forget_buffers().
+static struct {
+    void * memory;
+    size_t size;
+} buffers[8192];
+static size_t buffer_count = 0;
+
 // A buffer that ends where memory that may be touched ends. shift: bytes by which it misses the
-// alignment of 64. It is never freed, the process being short.
+// alignment of 64.
 static void * exact(size_t size, size_t shift) {
+    check(buffer_count < COUNT(buffers), "the number of buffers", (int) size);
 #if defined(__SANITIZE_ADDRESS__)
-    return (char *) malloc(size + shift) + shift;
+    char * memory = malloc(size + shift);
+    char * buffer = memory + shift;
 #else
     enum { PAGE = 65536 }; // or a part of it
     const size_t room = (size + shift + PAGE - 1) / PAGE * PAGE;
     char * memory = mmap(NULL, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     check(memory != MAP_FAILED && mprotect(memory + room, PAGE, PROT_NONE) == 0, "mmap", (int) size);
-    GGML_UNUSED(shift); // the end counts, and sizes are seldom multiples of the alignment
-    return memory + room - size;
+    char * buffer = memory + room - size; // the end counts, and sizes are seldom multiples of the alignment
+    size = room + PAGE;
 #endif
+    buffers[buffer_count].memory = memory;
+    buffers[buffer_count++].size = size;
+    return buffer;
+}
+
+static void forget_buffers(void) {
+    while (buffer_count > 0) {
+        --buffer_count;
+#if defined(__SANITIZE_ADDRESS__)
+        free(buffers[buffer_count].memory);
+#else
+        munmap(buffers[buffer_count].memory, buffers[buffer_count].size);
+#endif
+    }
 }
 
 static float noise(void) {
@@ -163,6 +186,18 @@ static block_q8_t * make_activations(const float * x, int n) {
     return q;
 }
 
+static void * make_strip(const float * const * x, const int32_t * perm, int columns, int blocks, size_t shift) {
+    char * strip = exact(pt2_tile_size(columns, blocks), shift);
+    for (int t = 0; t < pt2_tiles(columns); ++t) {
+        const int first = pt2_tile_begin(columns, t);
+        const int n = pt2_tile_begin(columns, t + 1) - first;
+        void * tile = strip + pt2_tile_size(first, blocks);
+        pt2_tile_quantize(x + first, perm, n, 0, blocks / 2, tile);
+        pt2_tile_quantize(x + first, perm, n, blocks / 2, blocks, tile);
+    }
+    return strip;
+}
+
 // All that is between float rows and their products, for n columns.
 static void check_products(const weights * w, const block_panel * panel, int rows, int columns, size_t shift) {
     const int n = w->n;
@@ -174,15 +209,8 @@ static void check_products(const weights * w, const block_panel * panel, int row
         x[i] = noise_row(n);
         out[i] = exact(rows * sizeof(float), 0);
     }
-    char * tiles = exact(pt2_tile_size(columns, blocks), 2 * shift);
-    for (int t = 0; t < pt2_tiles(columns); ++t) {
-        const int first = pt2_tile_begin(columns, t);
-        const int width = pt2_tile_begin(columns, t + 1) - first;
-        char * tile = tiles + pt2_tile_size(first, blocks);
-        pt2_tile_quantize(x + first, perm, width, 0, blocks / 2, tile);
-        pt2_tile_quantize(x + first, perm, width, blocks / 2, blocks, tile);
-    }
-    pt2_panels_dot(panel, rows, tiles, columns, blocks, out);
+    const void * strip = make_strip(x, perm, columns, blocks, 2 * shift);
+    pt2_panels_dot(panel, rows, strip, columns, blocks, out);
 
     float * s = exact(sizeof(float), 0);
     for (int i = 0; i < columns; ++i) {
@@ -219,6 +247,7 @@ static void check_kernels(const weight_type * type, int n, int rows, size_t shif
         check_products(&w, panel, rows, columns, shift);
     }
     check_products(&w, panel, rows, 17, shift); // of more than one tile
+    forget_buffers();
 }
 
 // Sums as large as they get, which must be exact: no instruction may saturate.
@@ -242,14 +271,14 @@ static void check_extreme_sums(int digit, float activation) {
             xs[i] = x;
             out[i] = exact(PT2_PANEL_ROWS * sizeof(float), 0);
         }
-        void * tile = exact(pt2_tile_size(columns, BLOCKS), 0);
-        pt2_tile_quantize(xs, NULL, columns, 0, BLOCKS, tile);
-        pt2_panels_dot(panel, PT2_PANEL_ROWS, tile, columns, BLOCKS, out);
+        const void * strip = make_strip(xs, NULL, columns, BLOCKS, 0);
+        pt2_panels_dot(panel, PT2_PANEL_ROWS, strip, columns, BLOCKS, out);
         for (int i = 0; i < columns * PT2_PANEL_ROWS; ++i) {
             const float result = out[i / PT2_PANEL_ROWS][i % PT2_PANEL_ROWS];
             check(result == digit * activation * QK_PT2 * BLOCKS, "an extreme sum", BLOCKS * QK_PT2);
         }
     }
+    forget_buffers();
 }
 
 // Quantization of rows with importances, whatever they hold.
@@ -272,6 +301,23 @@ static void check_quantization(const weight_type * type, int n, float scale, flo
     }
     float * fitted = exact(ROWS * n * sizeof(float), 0);
     type->to_float(packed, fitted, ROWS * n);
+    forget_buffers();
+}
+
+// A column by itself, and as each of five, which AMX multiplies.
+static void multiply_alike(const block_panel * panel, const float * x, int blocks) {
+    const float * xs[] = { x, x, x, x, x };
+    float * alone = exact(sizeof(float), 0);
+    pt2_panels_dot(panel, 1, make_strip(xs, NULL, 1, blocks, 0), 1, blocks, &alone);
+    float * out[COUNT(xs)];
+    for (size_t i = 0; i < COUNT(out); ++i) {
+        out[i] = exact(sizeof(float), 0);
+    }
+    pt2_panels_dot(panel, 1, make_strip(xs, NULL, COUNT(xs), blocks, 0), COUNT(xs), blocks, out);
+    for (size_t i = 0; i < COUNT(out); ++i) {
+        const bool same = memcmp(out[i], alone, sizeof(*alone)) == 0 || (isnan(*out[i]) && isnan(*alone));
+        check(same, "one of five columns", blocks * QK_PT2);
+    }
 }
 
 // Bytes that no quantizer made: kernels and checks must survive any file.
@@ -289,10 +335,9 @@ static void check_any_bytes(const weight_type * type, int n) {
     type->dot(n, s, 0, packed, 0, q, 0, 1);
     block_panel * panel = exact(n / QK_PT2 * sizeof(block_panel), 0);
     pt2_panel_from_rows(type->type, packed, row_size, 1, n / QK_PT2, panel);
-    void * tile = exact(pt2_tile_size(1, n / QK_PT2), 0);
-    pt2_tile_quantize(&x, NULL, 1, 0, n / QK_PT2, tile);
-    pt2_panels_dot(panel, 1, tile, 1, n / QK_PT2, &s);
+    multiply_alike(panel, x, n / QK_PT2);
     ggml_pt2_validate_row(type->type, packed, row_size);
+    forget_buffers();
 }
 
 // Values that have no grid: then it is enough not to crash. The others have the reference's scales.
@@ -317,14 +362,16 @@ static void check_extreme_activations(void) {
 int main(int argc, char ** argv) {
     fill_float16_table();
     if (argc == 2 && strcmp(argv[1], "overrun") == 0) {
-        // One block more than there is: shows that such a read is seen.
-        const float * x = noise_row(2 * QK_PT2);
-        char tile[2 * sizeof(block_q8_t)];
-        float * out = exact(PT2_PANEL_ROWS * sizeof(float), 0);
-        pt2_tile_quantize(&x, NULL, 1, 0, 2, tile);
-        block_panel * one_block = exact(sizeof(block_panel), 0);
-        memset(one_block, 0, sizeof(block_panel));
-        pt2_panels_dot(one_block, PT2_PANEL_ROWS, tile, 1, 2, &out);
+        // One block more than there is: shows that such a read is seen. AMX would multiply five columns.
+        enum { COLUMNS = 5 };
+        const float * x[COLUMNS];
+        float * out[COLUMNS];
+        for (int i = 0; i < COLUMNS; ++i) {
+            x[i] = noise_row(QK_PT2);
+            out[i] = exact(PT2_PANEL_ROWS * sizeof(float), 0);
+        }
+        block_panel panel[2] = { 0 };
+        pt2_panels_dot(panel, PT2_PANEL_ROWS, make_strip(x, NULL, COLUMNS, 1, 0), COLUMNS, 2, out);
         return 0;
     }
     check_extreme_activations();

@@ -70,7 +70,7 @@ def tile_columns(kernels) -> range:
 def tile_bounds(kernels, columns: int) -> list[int]:
     """Where the tiles of a strip begin, and where it ends."""
     tiles = kernels.library.pt2_tiles(columns)
-    return [columns * t // tiles for t in range(tiles + 1)]
+    return [kernels.library.pt2_tile_begin(columns, t) for t in range(tiles + 1)]
 
 
 def quantize_tile(
@@ -402,6 +402,7 @@ def test_columns_of_a_strip_are_multiplied_as_if_alone(kernels, rows):
     )
     for columns in [*range(1, 40), 63, 65, 127, 128]:
         bounds = tile_bounds(kernels, columns)
+        assert (bounds[0], bounds[-1]) == (0, columns)
         tiles = [make_tile(kernels, x[a:b]) for a, b in itertools.pairwise(bounds)]
         strip = np.concatenate([tile.view(np.uint8) for tile in tiles])
         results = panel_dot(kernels, panels, strip, columns, rows, blocks)

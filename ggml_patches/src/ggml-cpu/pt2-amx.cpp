@@ -1,11 +1,10 @@
-// See pt2-amx.h. A tile register has 16 rows of 64 bytes. An instruction multiplies 16 columns of 64 activations with
-// 64 digits of 16 rows of weights, those of four columns side by side: two planes of a panel's half are such a
-// register.
+// See pt2-amx.h. A tile register has 16 rows of 64 bytes. An instruction multiplies 64 activations of 16 columns with
+// 64 digits of 16 rows of weights, of which a register's row has four neighbours of each: two planes of a panel's half.
 #include "pt2-amx.h"
 
 #include <assert.h>
 
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__linux__)
+#ifdef PT2_AMX
 
 #include "pt2-simd.h"
 
@@ -21,9 +20,6 @@ constexpr int REGISTER_BYTES = 64; // of a row
 constexpr int HALVES = 2;          // of a panel's rows, and of a block's columns
 
 static_assert(HALVES * LANES == PT2_PANEL_ROWS && HALVES * REGISTER_BYTES == QK_PT2, "registers halve panels");
-
-// GCC's intrinsics do not tell that they read and write memory.
-#define MEMORY_CHANGES() __asm__ volatile("" : : : "memory")
 
 // What the registers hold, as ldtilecfg reads it.
 struct alignas(64) configuration {
@@ -92,7 +88,7 @@ ALWAYS_INLINE void unpack(const block_panel * panel, digit_registers & digits) {
 }
 
 ALWAYS_INLINE void load_digits(const digit_registers & digits) {
-    MEMORY_CHANGES();
+    __asm__ volatile("" : : "m"(digits)); // GCC's intrinsic does not tell that it reads them
     _tile_loadd(4, digits.of[0][0], REGISTER_BYTES);
     _tile_loadd(5, digits.of[1][0], REGISTER_BYTES);
     _tile_loadd(6, digits.of[0][1], REGISTER_BYTES);
@@ -101,7 +97,6 @@ ALWAYS_INLINE void load_digits(const digit_registers & digits) {
 
 // A block of a tile: q[n][QK_PT2], d[n] and sum[n].
 ALWAYS_INLINE void multiply_block(const char * q, sum_registers & sums) {
-    MEMORY_CHANGES();
     _tile_zero(0);
     _tile_zero(1);
     _tile_loadd(2, q, QK_PT2);
@@ -112,7 +107,6 @@ ALWAYS_INLINE void multiply_block(const char * q, sum_registers & sums) {
     _tile_dpbsud(1, 3, 7);
     _tile_stored(0, sums.of[0], REGISTER_BYTES);
     _tile_stored(1, sums.of[1], REGISTER_BYTES);
-    MEMORY_CHANGES();
 }
 
 inline void prefetch_for_writing(const float * row_of_panel) {
@@ -176,7 +170,7 @@ void multiply_panel(const block_panel * panel, const strip & x, int64_t first_ro
     digit_registers digits;
     sum_registers sums[2]; // a tile's are added while the next one is multiplied
     for (int64_t b = 0; b < x.blocks; ++b, ++panel) {
-        prefetch<L2>(panel + 8, 0, sizeof(*panel)); // see pt2-panel.cpp
+        prefetch<L2>(panel + PREFETCH_BLOCKS, 0, sizeof(*panel));
         unpack(panel, digits);
         const scales scale(panel);
         // Products of long strips leave the caches before the next panel's are written beside them.

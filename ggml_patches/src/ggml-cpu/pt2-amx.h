@@ -3,6 +3,10 @@
 
 #include "pt2-panel.h"
 
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__linux__)
+#define PT2_AMX
+#endif
+
 // Whether the instructions are there, and the system lets this process use them.
 bool pt2_amx_is_usable();
 

@@ -30,15 +30,19 @@ template <int n> struct tile_block {
 };
 
 constexpr int TILE_COLUMNS = std::min(SUMS, 4); // as many as the registers hold
+#ifdef PT2_AMX
+constexpr int WIDEST = PT2_TILE_COLUMNS_MAX;
+#else
+constexpr int WIDEST = TILE_COLUMNS;
+#endif
 
 // With a tile's columns or fewer, unpacking the digits for AMX takes longer than it spares.
 bool uses_amx(int columns) {
     return columns > TILE_COLUMNS && pt2_amx_is_usable();
 }
 
-// Calls function(std::integral_constant<int, n>()) for the n, at most `most`, that is given at run time.
-template <int most, typename F> void with_columns(int columns, const F & function) {
-    constexpr int n = most;
+// Calls function(std::integral_constant<int, columns>()); there are at most n.
+template <int n, typename F> void with_columns(int columns, const F & function) {
     if constexpr (n > 1) {
         if (columns < n) {
             return with_columns<n - 1>(columns, function);
@@ -67,10 +71,6 @@ bool is_zen5() {
     return false;
 #endif
 }
-
-// Weights come from memory once for each token that is decoded. What processors prefetch by themselves gave half of
-// the bandwidth that this distance gives; it leads into the next panel where there is one.
-constexpr int PREFETCH_BLOCKS = 8;
 
 // Few lines at a time can be on their way to the first-level cache: on Zen 4 asking for them there cost a quarter of
 // the tokens. On Zen 5 it gives a sixth more.
@@ -336,8 +336,12 @@ void pt2_panel_from_rows(enum ggml_type type, const void * data, size_t row_size
 }
 
 int pt2_tiles(int columns) {
-    const int most = uses_amx(columns) ? PT2_TILE_COLUMNS_MAX : TILE_COLUMNS;
+    const int most = uses_amx(columns) ? WIDEST : TILE_COLUMNS;
     return (columns + most - 1) / most;
+}
+
+int pt2_tile_begin(int columns, int tile) {
+    return uses_amx(columns) ? columns * tile / pt2_tiles(columns) : std::min(columns, tile * TILE_COLUMNS);
 }
 
 size_t pt2_tile_size(int n, int64_t blocks) {
@@ -349,7 +353,7 @@ void pt2_tile_quantize(const float * const * x, const int32_t * perm, int n, int
     if (perm) {
         prefetch<L2>(perm, first * QK_PT2 * sizeof(*perm), last * QK_PT2 * sizeof(*perm));
     }
-    with_columns<PT2_TILE_COLUMNS_MAX>(n, [&](auto columns) {
+    with_columns<WIDEST>(n, [&](auto columns) {
         auto * blocks = (tile_block<columns> *) tile;
         for (int64_t b = first; b < last; ++b) {
             float gathered[columns][QK_PT2];

@@ -32,16 +32,13 @@ static_assert(sizeof(block_panel) == PT2_PANEL_ROWS * sizeof(block_tq2_1), "bloc
 void pt2_panel_from_rows(enum ggml_type type, const void * data, size_t row_size, int rows, int64_t blocks,
                          block_panel * panel);
 
-// Columns are multiplied in strips of at most so many, and a strip is cut into tiles as even as can be: of no more
-// columns than the instruction set multiplies at a time. Tile t begins with column pt2_tile_begin(columns, t) of the
-// strip, and has the columns up to the next one's; the last tile is one of the largest.
+// Columns are multiplied in strips of at most so many, and a strip is cut into tiles of as many as the instruction set
+// multiplies at a time. Tile t begins with column pt2_tile_begin(columns, t) of the strip, and ends where the next one
+// begins. AMX's tiles are as even as can be, and the last is one of the largest.
 #define PT2_STRIP_COLUMNS    128
 #define PT2_TILE_COLUMNS_MAX 16
 int pt2_tiles(int columns);
-
-static inline int pt2_tile_begin(int columns, int tile) {
-    return columns * tile / pt2_tiles(columns);
-}
+int pt2_tile_begin(int columns, int tile);
 
 // Bytes of a tile of n columns of that many blocks; at least those of its columns as Q8_T.
 size_t pt2_tile_size(int n, int64_t blocks);
