@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 from pt2gguf.native.installation import Installation
@@ -61,3 +62,12 @@ DRIVER_SOURCES = [
 
 # Without what the kernels do not use of ggml-pt2.c, these sources need no library of ggml's.
 DRIVER_OPTIONS = ["-ffunction-sections", "-Wl,--gc-sections"]
+
+
+def compile_driver(compiler: list[str], installation: Installation, program: Path) -> Path:
+    """Compile the program that runs the kernels by itself, with a compiler and its options."""
+    command = [*compiler, *DRIVER_OPTIONS, *header_options(installation), *DRIVER_SOURCES]
+    command += ["-lstdc++", "-lm", "-o", program]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return program

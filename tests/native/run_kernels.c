@@ -1,6 +1,6 @@
 // Runs every function of pt2-panel.cpp, pt2-amx.cpp, pt2-cpu.c and ggml-pt2.c on buffers of exactly the size that it
-// may touch, and checks what it computed. Built with sanitizers, or for another processor: then
-// pages that may not be touched follow the buffers.
+// may touch, and checks what it computed. Built with sanitizers or without: then pages that may not be touched follow
+// the buffers.
 #include "ggml-impl.h"
 #include "ggml-pt2.h"
 #include "ggml.h"

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from instruction_sets import AARCH64, DRIVER_OPTIONS, DRIVER_SOURCES, header_options
+from instruction_sets import AARCH64, compile_driver
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 NEEDED = [COMPILER, "aarch64-linux-gnu-g++", EMULATOR]
@@ -23,12 +23,8 @@ pytestmark = pytest.mark.skipif(
 def driver(request, installation, tmp_path_factory) -> Path:
     """The program of run_kernels.c for one instruction set."""
     name: str = request.param
-    program = tmp_path_factory.mktemp("aarch64") / name
-    command = [COMPILER, "-O3", "-static", *AARCH64[name], *DRIVER_OPTIONS]
-    command += [*header_options(installation), *DRIVER_SOURCES, "-lm"]
-    finished = subprocess.run([*command, "-o", program], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return program
+    compiler = [COMPILER, "-O3", "-static", *AARCH64[name]]
+    return compile_driver(compiler, installation, tmp_path_factory.mktemp("aarch64") / name)
 
 
 def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,13 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from instruction_sets import (
-    DRIVER_OPTIONS,
-    DRIVER_SOURCES,
-    INSTRUCTION_SETS,
-    header_options,
-    runs_here,
-)
+from instruction_sets import INSTRUCTION_SETS, compile_driver, runs_here
 
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
@@ -24,24 +18,21 @@ def driver(request, installation, tmp_path_factory) -> Path:
     """The program of run_kernels.c for one instruction set."""
     # Hardly optimised: with the checks, what is unrolled takes the optimiser half a minute.
     directory = tmp_path_factory.mktemp("sanitized")
-    return compile_driver(request.param, ["-O1", "-g", *SANITIZERS], installation, directory)
+    return compile_for(request.param, ["-O1", "-g", *SANITIZERS], installation, directory)
 
 
 @pytest.fixture(scope="module")
 def guarded_driver(installation, tmp_path_factory) -> Path:
     """The program with AMX and without sanitizers: pages that may not be touched follow buffers."""
-    return compile_driver("amx", ["-O3"], installation, tmp_path_factory.mktemp("guarded"))
+    return compile_for("amx", ["-O3"], installation, tmp_path_factory.mktemp("guarded"))
 
 
-def compile_driver(name: str, options: list[str], installation, directory: Path) -> Path:
+def compile_for(name: str, options: list[str], installation, directory: Path) -> Path:
     if not runs_here(name):
         pytest.skip(f"this CPU has no {name}")
-    program = directory / name
-    command = ["cc", *options, *INSTRUCTION_SETS[name][0], *DRIVER_OPTIONS]
-    command += [*header_options(installation), *DRIVER_SOURCES, "-lstdc++", "-lm"]
-    finished = subprocess.run([*command, "-o", program], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return program
+    return compile_driver(
+        ["cc", *options, *INSTRUCTION_SETS[name][0]], installation, directory / name
+    )
 
 
 def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -242,26 +242,24 @@ class mul_mat : public ggml::cpu::tensor_traits {
         }
         const int64_t first_panel = chunk % cut.chunks * cut.chunk_panels;
         const int64_t last_panel = std::min(first_panel + cut.chunk_panels, panels_of(product.rows));
-        const auto rows_in = [&](int64_t panel) {
-            return (int) std::min<int64_t>(PT2_PANEL_ROWS, product.rows - panel * PT2_PANEL_ROWS);
-        };
+        const int64_t first_row = first_panel * PT2_PANEL_ROWS;
+        const int64_t rows = std::min(last_panel * PT2_PANEL_ROWS, product.rows) - first_row;
 
         const block_panel * panels;
         if (is_interleaved(product.weights)) {
             const int64_t before = matrix * panels_of(product.rows) + first_panel;
             panels = (const block_panel *) product.weights->data + before * product.blocks;
         } else {
-            for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-                const size_t row_size = product.weights->nb[1];
-                const char * rows = product.matrix(matrix) + panel * PT2_PANEL_ROWS * row_size;
-                pt2_panel_from_rows(product.weights->type, rows, row_size, rows_in(panel), product.blocks,
-                                    scratch + (panel - first_panel) * product.blocks);
+            const size_t row_size = product.weights->nb[1];
+            const char * data = product.matrix(matrix) + first_row * row_size;
+            for (int64_t row = 0; row < rows; row += PT2_PANEL_ROWS) {
+                pt2_panel_from_rows(product.weights->type, data + row * row_size, row_size,
+                                    (int) std::min<int64_t>(PT2_PANEL_ROWS, rows - row), product.blocks,
+                                    scratch + row / PT2_PANEL_ROWS * product.blocks);
             }
             panels = scratch;
         }
 
-        const int64_t first_row = first_panel * PT2_PANEL_ROWS;
-        const int64_t rows = std::min(last_panel * PT2_PANEL_ROWS, product.rows) - first_row;
         each_strip(product, matrix, [&](int64_t first, int n) {
             float * out[PT2_STRIP_COLUMNS];
             for (int i = 0; i < n; ++i) {
