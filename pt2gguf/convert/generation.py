@@ -1,27 +1,63 @@
-"""What makes transformers' generation, one token after the other, fast for many windows at once."""
+"""Text that a model writes, one token after the other, for many windows at once."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import FloatTensor, Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
+    StaticCache,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pt2gguf.convert.sampling import draw
+from pt2gguf.replay import Replayed, waits_for_gpu
 
 GROUPED = "pt2gguf_grouped"
 
 
-def use_grouped_attention(model: PreTrainedModel) -> None:
+def go_on(
+    model: Any, first: Tensor, length: int, never: Sequence[int], generator: torch.Generator
+) -> Tensor:
+    """(windows, length) int64: `first` (windows, 1), and what `model` says next, at temperature 1.
+
+    model: a PreTrainedModel, which is changed to be faster at this; never: tokens that are not
+    drawn; generator: of the CPU.
+    """
+    _use_grouped_attention(model)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=length - 1,
+        suppress_tokens=list(never) or None,
+        pad_token_id=0,
+    )
+    model.get_compiled_call = lambda _: _ReplayedCall(model)
+    try:
+        ids: Tensor = model.generate(
+            first,
+            attention_mask=torch.ones_like(first),
+            past_key_values=_cache(model, length, first.is_cuda),
+            logits_processor=LogitsProcessorList([_Drawn(generator)]),
+        )
+    finally:
+        del model.get_compiled_call  # which would keep the model in memory
+    return ids
+
+
+def _use_grouped_attention(model: PreTrainedModel) -> None:
     """Let `model`, from which only single tokens will be asked, read shared keys once."""
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         AttentionInterface.register(GROUPED, _grouped_attention)
@@ -53,7 +89,7 @@ def _grouped_attention(
     return output.reshape(batch, 1, heads, -1), None
 
 
-class Drawn(LogitsProcessor):
+class _Drawn(LogitsProcessor):
     """Leaves nothing but a token that is drawn, for generation that takes the likeliest.
 
     generator: of the CPU.
@@ -68,7 +104,62 @@ class Drawn(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
-def roomy_cache(config: Any, length: int) -> DynamicCache:
+def _cache(model: Any, length: int, on_gpu: bool) -> DynamicCache | StaticCache | None:
+    """For `length` tokens; None for architectures that have a kind of their own."""
+    if not model._supports_default_dynamic_cache():
+        return None
+    static = StaticCache(model.config, max_cache_len=length)
+    # Transformers would compile the model for this one, and asks `_ReplayedCall` instead.
+    if (
+        on_gpu
+        and model._can_compile_fullgraph
+        and all(type(layer) is StaticLayer for layer in static.layers)
+    ):
+        return static
+    return _roomy_cache(model.config, length)
+
+
+class _ReplayedCall:
+    """Calls a model, by a CUDA graph if that is possible: launching its kernels takes longer."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._call: Callable[..., CausalLMOutputWithPast] | None = None
+
+    def __call__(self, **inputs: Any) -> CausalLMOutputWithPast:
+        """Of the inputs, tensors alone may be others than the first time."""
+        self._call = self._call or _replayed(self._model, inputs)
+        return self._call(**inputs)
+
+
+def _replayed(model: Any, inputs: dict[str, Any]) -> Callable[..., CausalLMOutputWithPast]:
+    """`model` for inputs like these, or `model` itself if it waits for the GPU."""
+    leaves, structure = tree_flatten(inputs, is_leaf=_is_cache)
+
+    def forward(*tensors: Tensor) -> tuple[Tensor]:
+        given = iter(tensors)
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return (model(**tree_unflatten(filled, structure)).logits,)
+
+    def tensors_of(inputs: dict[str, Any]) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(inputs, _is_cache) if isinstance(leaf, Tensor)]
+
+    def logits_of(**inputs: Any) -> CausalLMOutputWithPast:
+        (logits,) = replayed(*tensors_of(inputs))
+        return CausalLMOutputWithPast(
+            logits=cast(FloatTensor, logits), past_key_values=inputs["past_key_values"]
+        )
+
+    replayed = Replayed(forward)
+    waits = waits_for_gpu(forward, *tensors_of(inputs))
+    return cast(Callable[..., CausalLMOutputWithPast], model) if waits else logits_of
+
+
+def _is_cache(value: object) -> bool:
+    return isinstance(value, Cache)
+
+
+def _roomy_cache(config: Any, length: int) -> DynamicCache:
     """For `length` tokens. Layers that see a part of the text only keep transformers' cache."""
     cache = DynamicCache(config=config)
     cache.layers = [

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
 
 from pt2gguf.convert.calibration import Calibration
-from pt2gguf.convert.generation import Drawn, roomy_cache, use_grouped_attention
+from pt2gguf.convert.generation import go_on
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.resources import (
@@ -67,24 +66,10 @@ def write_text(
     )
     reporter.note(f"the model writes {windows} windows of {length} tokens to be calibrated on")
     model = load_model(checkpoint, {}, device, dtype)
-    use_grouped_attention(model)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=length - 1,
-        suppress_tokens=_end_tokens(config) or None,
-        pad_token_id=0,
-    )
     starts = _first_tokens(config, calibration.ids, windows).to(device)
-    drawn = Drawn(torch.Generator().manual_seed(calibration.provenance.get("seed") or 0))
-    # Some architectures have a kind of cache of their own.
-    has_usual_cache = model._supports_default_dynamic_cache()
+    generator = torch.Generator().manual_seed(calibration.provenance.get("seed") or 0)
     parts = [
-        model.generate(
-            part,
-            attention_mask=torch.ones_like(part),
-            past_key_values=roomy_cache(config, length) if has_usual_cache else None,
-            logits_processor=LogitsProcessorList([drawn]),
-        ).cpu()
+        go_on(model, part, length, _end_tokens(config), generator).cpu()
         for part in starts.split(batch)
     ]
     if on_gpu:

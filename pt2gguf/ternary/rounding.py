@@ -69,53 +69,6 @@ def _fused_kernel() -> Callable[[Tensor, Tensor | None, Tensor], Tensor] | None:
     return round_columns
 
 
-class Replayed:
-    """A function of tensors, its kernels replayed as one CUDA graph where there is a GPU.
-
-    They are many small ones, which take longer to launch one by one than to run. There is a graph
-    for each combination of shapes; the function must not wait for the GPU.
-    """
-
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self._function = function
-        self._graphs: dict[tuple[torch.Size, ...], _Graph] = {}
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if not inputs[0].is_cuda:
-            return self._function(*inputs)
-        shapes = tuple(given.shape for given in inputs)
-        if shapes not in self._graphs:
-            self._graphs[shapes] = _Graph(self._function, inputs)
-        return self._graphs[shapes].replay(inputs)
-
-
-class _Graph:
-    def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
-    ) -> None:
-        self._inputs = tuple(given.clone() for given in inputs)
-        stream = _capturing_stream(inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once outside, for what libraries do the first time
-            function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._outputs = function(*self._inputs)
-
-    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
-        self._graph.replay()
-        return tuple(output.clone() for output in self._outputs)
-
-
-@lru_cache
-def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs, as cuBLAS keeps memory for every stream that it has seen."""
-    return torch.cuda.Stream(device)
-
-
 def _in_grid_units(W: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:
     """(b, n): (W - mu) / alpha transposed; 0 where alpha is 0."""
     inverse = torch.where(alpha == 0, 0.0, 1 / alpha)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pt2gguf.errors import Pt2Error
+from pt2gguf.replay import Replayed
 from pt2gguf.ternary.compensation import (
     asymmetric_target,
     damped_inverse,
@@ -23,7 +24,6 @@ from pt2gguf.ternary.compensation import (
     split_block,
 )
 from pt2gguf.ternary.method import Method
-from pt2gguf.ternary.rounding import Replayed
 from pt2gguf.ternary.statistics import InputStatistics, OutputStatistics
 from pt2gguf.ternary.ternarize import (
     TernarizationReport,

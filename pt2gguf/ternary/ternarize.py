@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pt2gguf.errors import Pt2Error
+from pt2gguf.replay import Replayed
 from pt2gguf.ternary.compensation import (
     BlockFactors,
     asymmetric_target,
@@ -28,7 +29,7 @@ from pt2gguf.ternary.grid import (
     round_to_half,
 )
 from pt2gguf.ternary.method import Method
-from pt2gguf.ternary.rounding import Replayed, descend_digits, digits_with_feedback
+from pt2gguf.ternary.rounding import descend_digits, digits_with_feedback
 from pt2gguf.ternary.row_feedback import RowStep, all_rows_at_once, row_steps
 from pt2gguf.ternary.ssr import fixed_order, select_block
 from pt2gguf.ternary.statistics import InputStatistics, OutputStatistics

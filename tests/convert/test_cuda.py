@@ -16,9 +16,9 @@ from pt2gguf.export.llama_cpp import import_llama_cpp
 from pt2gguf.export.stock_grids import GgmlGrid
 from pt2gguf.model import Checkpoint
 from pt2gguf.native.installation import find_installation
+from pt2gguf.replay import Replayed
 from pt2gguf.ternary import METHODS, InputStatistics, OutputStatistics, round_to_stock
 from pt2gguf.ternary.rounding import (
-    Replayed,
     _fused_kernel,
     _round_columns,
     descend_digits,

@@ -6,7 +6,6 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from small_models import CONFIGS, VOCABULARY, make_model, save_model
 from torch import Tensor, nn
 
-from pt2gguf.convert import generation, resources, run, tuning, writing
+from pt2gguf.convert import resources, run, tuning
 from pt2gguf.convert.calibration import Calibration, load_calibration
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.run import split_texts, ternarize_checkpoint
@@ -295,42 +294,6 @@ class TestWriting:
         before = self._write(checkpoint, calibration)
         (checkpoint.path / "generation_config.json").write_text('{"top_k": 1, "temperature": 0.1}')
         assert torch.equal(self._write(checkpoint, calibration), before)
-
-    @pytest.mark.parametrize(
-        ("kind", "changes"),
-        [
-            ("llama", {"num_key_value_heads": 1}),
-            ("mistral", {"sliding_window": 16}),
-            ("qwen3", {}),
-            ("qwen2", {}),
-        ],
-    )
-    def test_as_transformers_generates(
-        self,
-        tmp_path: Path,
-        calibration: Calibration,
-        monkeypatch: pytest.MonkeyPatch,
-        kind: str,
-        changes: dict[str, int],
-    ) -> None:
-        """Its own cache and attention give the same text: in float64, as roundings choose, too."""
-        load_model = writing.load_model
-        monkeypatch.setattr(
-            writing, "load_model", lambda *given: load_model(*given[:-1], torch.float64)
-        )
-        checkpoint = Checkpoint(save_model(tmp_path / "m", kind, **SPREAD, **changes))
-        attention, calls = generation._grouped_attention, []
-
-        def counted(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-            calls.append(args)
-            return attention(*args, **kwargs)
-
-        monkeypatch.setattr(generation, "_grouped_attention", counted)
-        ours = self._write(checkpoint, calibration)
-        assert len(calls) == 47 * checkpoint.config.num_hidden_layers
-        monkeypatch.setattr(writing, "roomy_cache", lambda config, length: None)
-        monkeypatch.setattr(writing, "use_grouped_attention", lambda model: None)
-        assert torch.equal(self._write(checkpoint, calibration), ours)
 
     def test_too_large(
         self, checkpoint: Checkpoint, calibration: Calibration, monkeypatch: pytest.MonkeyPatch

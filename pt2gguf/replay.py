@@ -1,0 +1,69 @@
+"""Functions of tensors as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class Replayed:
+    """A function of tensors, its kernels replayed as one CUDA graph where there is a GPU.
+
+    They are many small ones, which take longer to launch one by one than to run. There is a graph
+    for each combination of shapes; the function must not wait for the GPU.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._function = function
+        self._graphs: dict[tuple[torch.Size, ...], _Graph] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not inputs[0].is_cuda:
+            return self._function(*inputs)
+        shapes = tuple(given.shape for given in inputs)
+        if shapes not in self._graphs:
+            self._graphs[shapes] = _Graph(self._function, inputs)
+        return self._graphs[shapes].replay(inputs)
+
+
+class _Graph:
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+    ) -> None:
+        self._inputs = tuple(given.clone() for given in inputs)
+        stream = _capturing_stream(inputs[0].device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once outside, for what libraries do the first time
+            function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._outputs = function(*self._inputs)
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._graph.replay()
+        return tuple(output.clone() for output in self._outputs)
+
+
+@lru_cache
+def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs, as cuBLAS keeps memory for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def waits_for_gpu(function: Callable[..., object], *inputs: Tensor) -> bool:
+    """Whether the function, which is called once, waits for the GPU (or fails)."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*inputs)
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
