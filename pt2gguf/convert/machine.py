@@ -38,18 +38,22 @@ def deterministic(device: torch.device, threads: int) -> Iterator[None]:
 
     On a GPU, products of float32 matrices are TF32's, which has the precision of the float16 that
     such models are commonly calibrated in, and several times its speed; sums stay float32. cuDNN's
-    attention is left out: its gradients depend on the order in which its parts finish.
+    attention is left out: its gradients depend on the order in which its parts finish. PyTorch
+    would then also fill new memory first, which takes as long as many an operation itself.
     """
     precision_before = torch.get_float32_matmul_precision()
     threads_before = torch.get_num_threads()
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)
+        memory.fill_uninitialized_memory = False
     torch.set_num_threads(threads)
     # Graphs and kernels of our own go to the current GPU, wherever their tensors are.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -60,6 +64,7 @@ def deterministic(device: torch.device, threads: int) -> Iterator[None]:
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(precision_before)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        memory.fill_uninitialized_memory = filling
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 

@@ -56,28 +56,31 @@ def fit_grid(W: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, mean - alpha * digit_sum / columns
 
 
-def iterative_ternary_fitting(
-    W: Tensor, alpha: Tensor, mu: Tensor, T: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """ITF (Eq. 9, 10): fit the grid, round to it, until T stops changing. Also returns the rounds.
+def iterative_ternary_fitting(W: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """ITF (Eq. 9, 10): fit the grid, round to it, until T stops changing. Gives alpha, mu, T, and
+    the rounds that took.
 
     Neither step can raise a row's squared error. Rows that have settled are left out of the
-    following rounds.
+    following rounds, and put together at the end: writing them to their places in each round would
+    take most of the time on a GPU.
     """
-    alpha, mu, T = alpha.clone(), mu.clone(), T.clone()
-    active = torch.arange(len(W), device=W.device)
-    # Of the active rows: gathering them again from W and T would be most of a round's time.
-    weights, digits = W, T
+    settled: list[tuple[Tensor, ...]] = []
+    rows = torch.arange(len(W), device=W.device)
     rounds = 0
-    while len(active) and rounds < MAX_ITF_ROUNDS:
-        fitted = fit_grid(weights, digits)
-        rounded = nearest_digits(weights, *fitted)
-        moving = (rounded != digits).any(1).nonzero().squeeze(1)
-        alpha[active], mu[active] = fitted
-        T[active] = rounded
-        active, weights, digits = active[moving], weights[moving], rounded[moving]
+    while len(rows):
+        alpha, mu = fit_grid(W, T)
+        before, T = T, nearest_digits(W, alpha, mu)
+        moves = (before != T).any(1)
         rounds += 1
-    return alpha, mu, T, rounds
+        if rounds == MAX_ITF_ROUNDS:
+            moves[:] = False
+        stays = (~moves).nonzero().squeeze(1)
+        settled.append((rows[stays], alpha[stays], mu[stays], T[stays]))
+        moving = moves.nonzero().squeeze(1)
+        rows, W, T = rows[moving], W[moving], T[moving]
+    rows, alpha, mu, T = (torch.cat(parts) for parts in zip(*settled, strict=True))
+    back = rows.argsort()
+    return alpha[back], mu[back], T[back], rounds
 
 
 def activation_aware_grid(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16  # of one program, which keeps all of their columns in registers
+ROWS = 4  # of one warp, which keeps all of their columns in registers
 
 
 def round_columns(targets: Tensor, before: Tensor | None, effects: Tensor) -> Tensor:
@@ -28,6 +28,7 @@ def round_columns(targets: Tensor, before: Tensor | None, effects: Tensor) -> Te
         HAS_BEFORE=before is not None,
         COLUMNS=triton.next_power_of_2(columns),
         ROWS=ROWS,
+        num_warps=1,
     )
     return digits
 

@@ -189,7 +189,7 @@ def _ternarize_block(
     alpha, mu, T = initial_grid(W)
     rounds = 0
     if method.itf:
-        alpha, mu, T, rounds = iterative_ternary_fitting(W, alpha, mu, T)
+        alpha, mu, T, rounds = iterative_ternary_fitting(W, T)
     # Gathered once: on a GPU, each access by index takes longer than the rounding itself.
     order = torch.cat([step.rows for step in steps])
     sizes = [len(step.rows) for step in steps]

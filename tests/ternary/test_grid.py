@@ -97,7 +97,7 @@ def test_activation_aware_grid_is_weighted_least_squares() -> None:
 def test_activation_aware_grid_never_raises_the_output_error(seed: int, columns: int) -> None:
     W, _ = random_block(seed, columns=columns)
     S = random_metric(seed + 1, columns)
-    alpha, mu, T, _ = iterative_ternary_fitting(W, *initial_grid(W))
+    alpha, mu, T, _ = iterative_ternary_fitting(W, initial_grid(W)[2])
     before = metric_error(W, alpha, mu, T, S)
     after = metric_error(W, *activation_aware_grid(W, T, S, alpha, mu)[:2], T, S)
     scale = ((W @ S) * W).sum(1)
@@ -138,7 +138,7 @@ def test_itf_error_never_rises(seed: int, columns: int, scale: float) -> None:
 @given(st.integers(0, 2**31))
 def test_itf_ends_at_a_fixed_point(seed: int) -> None:
     W, _ = random_block(seed, columns=128)
-    alpha, mu, T, rounds = iterative_ternary_fitting(W, *initial_grid(W))
+    alpha, mu, T, rounds = iterative_ternary_fitting(W, initial_grid(W)[2])
     assert 1 <= rounds < 100
     torch.testing.assert_close(torch.stack(fit_grid(W, T)), torch.stack([alpha, mu]))
     assert torch.equal(nearest_digits(W, alpha, mu), T)
@@ -147,14 +147,14 @@ def test_itf_ends_at_a_fixed_point(seed: int) -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 65504.0, 1e-30])
 def test_itf_of_constant_rows_is_exact(value: float) -> None:
     W = torch.full((3, 128), value, dtype=torch.float64)
-    alpha, mu, T, _ = iterative_ternary_fitting(W, *initial_grid(W))
+    alpha, mu, T, _ = iterative_ternary_fitting(W, initial_grid(W)[2])
     torch.testing.assert_close(grid_values(alpha, mu, T), W, rtol=1e-14, atol=0)
 
 
 def test_itf_of_an_exact_ternary_row_is_exact() -> None:
     _, T = random_block(7, columns=128)
     W = grid_values(torch.full((7,), 0.7).double(), torch.full((7,), -0.2).double(), T)
-    alpha, mu, found, _ = iterative_ternary_fitting(W, *initial_grid(W))
+    alpha, mu, found, _ = iterative_ternary_fitting(W, initial_grid(W)[2])
     torch.testing.assert_close(grid_values(alpha, mu, found), W, rtol=0, atol=1e-14)
 
 

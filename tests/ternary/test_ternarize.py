@@ -285,7 +285,7 @@ def test_block_error_after_itf_never_exceeds_the_initialisation() -> None:
     assert (with_itf.square().sum(1) <= without.square().sum(1) + slack).all()
     blocks = W.double().view(32, 2, 128)
     expected = torch.cat(
-        [iterative_ternary_fitting(b, *initial_grid(b))[2] for b in blocks.unbind(1)], dim=1
+        [iterative_ternary_fitting(b, initial_grid(b)[2])[2] for b in blocks.unbind(1)], dim=1
     )
     assert torch.equal(ternarize(W, stats, plain)[0].digits.double(), expected)
 
