@@ -402,8 +402,12 @@ def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(content.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).numpy().data.cast("B")
 
 
 def _save(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -424,7 +428,7 @@ def _save(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor])
         }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    data = (tensors[name].numpy().tobytes() for name in names)
+    data = (_bytes(tensors[name]) for name in names)
     _write(path, itertools.chain([len(raw).to_bytes(8, "little"), raw], data))
 
 
@@ -442,7 +446,7 @@ def _read(path: Path) -> Content | None:
         return None
 
 
-def _write(path: Path, parts: Iterable[bytes]) -> None:
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file under its name only once all of it is on the disk."""
     temporary = path.with_name(path.name + ".part")
     try:
