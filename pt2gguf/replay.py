@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -59,7 +60,9 @@ def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
 def waits_for_gpu(function: Callable[..., object], *inputs: Tensor) -> bool:
     """Whether the function, which is called once, waits for the GPU (or fails)."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype, and does not see all that waits
+        torch.cuda.set_sync_debug_mode("error")
     try:
         function(*inputs)
     except RuntimeError:

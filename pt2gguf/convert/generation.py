@@ -108,14 +108,11 @@ def _cache(model: Any, length: int, on_gpu: bool) -> DynamicCache | StaticCache 
     """For `length` tokens; None for architectures that have a kind of their own."""
     if not model._supports_default_dynamic_cache():
         return None
-    static = StaticCache(model.config, max_cache_len=length)
-    # Transformers would compile the model for this one, and asks `_ReplayedCall` instead.
-    if (
-        on_gpu
-        and model._can_compile_fullgraph
-        and all(type(layer) is StaticLayer for layer in static.layers)
-    ):
-        return static
+    if on_gpu and model._can_compile_fullgraph:
+        # Transformers would compile the model for this one, and asks `_ReplayedCall` instead.
+        static = StaticCache(model.config, max_cache_len=length)
+        if all(type(layer) is StaticLayer for layer in static.layers):
+            return static
     return _roomy_cache(model.config, length)
 
 

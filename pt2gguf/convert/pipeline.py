@@ -29,7 +29,7 @@ from pt2gguf.convert.groups import (
 )
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.stock import StockTypes, replace_weights, round_kept
-from pt2gguf.convert.workdir import Layer, WorkDirectory, group_key
+from pt2gguf.convert.workdir import Layer, StoredOutputs, WorkDirectory, group_key
 from pt2gguf.errors import Pt2Error
 from pt2gguf.model import LayerCall, Skeleton
 from pt2gguf.model.mlp import producers
@@ -38,7 +38,6 @@ from pt2gguf.ternary import (
     InputStatistics,
     Method,
     NonFiniteInputs,
-    OutputStatistics,
     StockWeight,
     TernarizationReport,
     TernaryWeight,
@@ -180,7 +179,7 @@ class LayerRun:
         round_kept(self._layer, self._stored_name, work.kept, stock)
 
     def ternarize(
-        self, method: Method, outputs: Mapping[str, OutputStatistics], reporter: Reporter
+        self, method: Method, outputs: Mapping[str, StoredOutputs], reporter: Reporter
     ) -> Layer:
         """Round every linear layer that is not kept as it is, each on what those before it give.
 
@@ -320,7 +319,7 @@ class LayerRun:
         group: Group,
         statistics: InputStatistics,
         method: Method,
-        outputs: Mapping[str, OutputStatistics],
+        outputs: Mapping[str, StoredOutputs],
         done: Layer,
     ) -> Iterator[tuple[str, Tensor, TernarizationReport]]:
         """`_round` for each part of a group."""
@@ -338,7 +337,7 @@ class LayerRun:
         modules: Sequence[str],
         statistics: InputStatistics,
         method: Method,
-        outputs: Mapping[str, OutputStatistics],
+        outputs: Mapping[str, StoredOutputs],
         done: Layer,
     ) -> Iterator[tuple[str, Tensor, TernarizationReport]]:
         """Round the matrices of some modules as one, and put them into `done`.
@@ -351,7 +350,8 @@ class LayerRun:
         stacked = torch.cat(weights)
         key = group_key(names)
         with _named(key):
-            of_rows = self._placed(outputs.get(key))
+            stored = outputs.get(key)
+            of_rows = stored.on(self._device) if stored else None
             if key in self._grids:
                 grid = self._grids[key]
                 stock, report = round_to_stock(stacked, statistics, method, of_rows, grid)
@@ -379,9 +379,6 @@ class LayerRun:
             values = done.weights[name].dequantize()
             error = relative_error(original, values, H)
             yield name, values, dataclasses.replace(report, relative_error=error)
-
-    def _placed(self, outputs: OutputStatistics | None) -> OutputStatistics | None:
-        return outputs and OutputStatistics([part.to(self._device) for part in outputs.parts])
 
 
 def method_for(name: str, method: Method, available: Collection[str]) -> Method:

@@ -32,6 +32,9 @@ READING = FLOAT16 + FLOAT32 + 1
 LOGITS = 8
 # Bytes of the host for PyTorch's CUDA libraries, loaded as they are used (2 to 3 GB were seen).
 CUDA_LIBRARIES = 3 * 10**9
+# Bytes for a row that folded statistics take beyond half of what they were: the diagonal, and one
+# entry more in an odd number of rows.
+FOLDED = 8
 DESCRIPTION = 1024  # bytes about one weight in its layer's file, with names and report
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -129,7 +132,8 @@ def estimate_outputs(
     compute = max(at_layer, at_head)
     hidden = 4 * tokens * hidden_size * FLOAT32
     inputs = layers * tokens * hidden_size * FLOAT16
-    disk = inputs + layers * (layer.outputs + DESCRIPTION * len(layer.groups))
+    stored = layer.outputs // 2 + sum(FOLDED * rows for rows, _ in layer.groups)
+    disk = inputs + layers * (stored + DESCRIPTION * len(layer.groups))
     if on_gpu:
         host = CUDA_LIBRARIES + hidden + max(other_parameters, layer.parameters) * READING
         return Needs(host=host, gpu=compute, disk=disk)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.settings import Settings, differences
+from pt2gguf.convert.symmetric import fold, unfold
 from pt2gguf.errors import Pt2Error
 from pt2gguf.ternary import OutputStatistics, StockWeight, TernaryWeight
 
@@ -81,6 +82,16 @@ class PackedWeight:
 def group_key(names: Sequence[str]) -> str:
     """What names the group of weights with these checkpoint names."""
     return " + ".join(names)
+
+
+@dataclass(frozen=True)
+class StoredOutputs:
+    """Output statistics as they are stored: each of their parts folded."""
+
+    parts: Sequence[Tensor]
+
+    def on(self, device: torch.device) -> OutputStatistics:
+        return OutputStatistics([unfold(part.to(device)) for part in self.parts])
 
 
 class WorkDirectory:
@@ -292,13 +303,13 @@ class WorkDirectory:
     def save_outputs(self, index: int, statistics: Mapping[str, OutputStatistics]) -> None:
         """Store those of layer `index`, by `group_key`."""
         tensors = {
-            f"{name}#{number}": part.cpu()
+            f"{name}#{number}": fold(part).cpu()
             for name, of_group in statistics.items()
             for number, part in enumerate(of_group.parts)
         }
         _save(self._outputs_file(index), {"layer": index}, tensors)
 
-    def load_outputs(self, index: int) -> dict[str, OutputStatistics] | None:
+    def load_outputs(self, index: int) -> dict[str, StoredOutputs] | None:
         """What `save_outputs` stored; None if there is nothing, or it is damaged."""
         found = _read(self._outputs_file(index))
         if found is None:
@@ -307,7 +318,7 @@ class WorkDirectory:
         for key, part in found[1].items():
             name, _, number = key.rpartition("#")
             parts.setdefault(name, {})[int(number)] = part
-        return {n: OutputStatistics([p for _, p in sorted(of.items())]) for n, of in parts.items()}
+        return {n: StoredOutputs([p for _, p in sorted(of.items())]) for n, of in parts.items()}
 
     def drop_outputs(self, index: int) -> None:
         """Delete what `save_outputs` stored."""

@@ -54,7 +54,8 @@ def _collected(
         collect_outputs(Skeleton(checkpoint), texts, method, work, CPU, SilentReporter())
         found: dict[str, OutputStatistics] = {}
         for index in range(work.settings.layers):
-            found |= work.load_outputs(index) or {}
+            stored = work.load_outputs(index) or {}
+            found |= {group: of_group.on(CPU) for group, of_group in stored.items()}
     return found
 
 
