@@ -57,8 +57,13 @@ def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def waits_for_gpu(function: Callable[..., object], *inputs: Tensor) -> bool:
-    """Whether the function, which is called once, waits for the GPU (or fails)."""
+def replayed_if_possible(
+    function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
+) -> Replayed | None:
+    """The function as a graph for inputs of these shapes; None if it waits for the GPU, or fails.
+
+    It is called with them.
+    """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is a prototype, and does not see all that waits
@@ -66,7 +71,12 @@ def waits_for_gpu(function: Callable[..., object], *inputs: Tensor) -> bool:
     try:
         function(*inputs)
     except RuntimeError:
-        return True
+        return None
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    return False
+    replayed = Replayed(function)
+    try:
+        replayed(*inputs)
+    except RuntimeError:
+        return None
+    return replayed

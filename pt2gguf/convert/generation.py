@@ -24,12 +24,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pt2gguf.convert.sampling import draw
-from pt2gguf.replay import Replayed, waits_for_gpu
+from pt2gguf.replay import replayed_if_possible
 
 GROUPED = "pt2gguf_grouped"
 
 
-def go_on(
+def continue_text(
     model: Any, first: Tensor, length: int, never: Sequence[int], generator: torch.Generator
 ) -> Tensor:
     """(windows, length) int64: `first` (windows, 1), and what `model` says next, at temperature 1.
@@ -80,7 +80,8 @@ def _grouped_attention(
     (batch, 1, heads, width). The heads that share a key are the rows of one product: PyTorch's own
     way on a CPU, one row at a time, takes five times as long in bfloat16.
     """
-    batch, heads, _tokens, width = query.shape
+    batch, heads, tokens, width = query.shape
+    assert tokens == 1
     grouped = query.reshape(batch, key.shape[1], -1, width)
     mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
     output = nn.functional.scaled_dot_product_attention(
@@ -130,7 +131,7 @@ class _ReplayedCall:
 
 
 def _replayed(model: Any, inputs: dict[str, Any]) -> Callable[..., CausalLMOutputWithPast]:
-    """`model` for inputs like these, or `model` itself if it waits for the GPU."""
+    """`model` for inputs like these as a graph, or `model` itself."""
     leaves, structure = tree_flatten(inputs, is_leaf=_is_cache)
 
     def forward(*tensors: Tensor) -> tuple[Tensor]:
@@ -141,15 +142,17 @@ def _replayed(model: Any, inputs: dict[str, Any]) -> Callable[..., CausalLMOutpu
     def tensors_of(inputs: dict[str, Any]) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(inputs, _is_cache) if isinstance(leaf, Tensor)]
 
+    replayed = replayed_if_possible(forward, *tensors_of(inputs))
+    if replayed is None:
+        return cast(Callable[..., CausalLMOutputWithPast], model)
+
     def logits_of(**inputs: Any) -> CausalLMOutputWithPast:
         (logits,) = replayed(*tensors_of(inputs))
         return CausalLMOutputWithPast(
             logits=cast(FloatTensor, logits), past_key_values=inputs["past_key_values"]
         )
 
-    replayed = Replayed(forward)
-    waits = waits_for_gpu(forward, *tensors_of(inputs))
-    return cast(Callable[..., CausalLMOutputWithPast], model) if waits else logits_of
+    return logits_of
 
 
 def _is_cache(value: object) -> bool:

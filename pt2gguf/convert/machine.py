@@ -38,8 +38,8 @@ def deterministic(device: torch.device, threads: int) -> Iterator[None]:
 
     On a GPU, products of float32 matrices are TF32's, which has the precision of the float16 that
     such models are commonly calibrated in, and several times its speed; sums stay float32. cuDNN's
-    attention is left out: its gradients depend on the order in which its parts finish. PyTorch
-    would then also fill new memory first, which takes as long as many an operation itself.
+    attention is left out: its gradients depend on the order in which its parts finish. So is the
+    filling of new memory that PyTorch adds: it takes as long as many an operation itself.
     """
     precision_before = torch.get_float32_matmul_precision()
     threads_before = torch.get_num_threads()

@@ -171,7 +171,8 @@ def estimate_tuning(
     compute = model + dense + activations + layers * kept + head
     hidden = 2 * tokens * hidden_size * FLOAT32  # what enters the layers, and what should leave
     saved = blocks * SAVED_NUMBERS * FLOAT32
-    disk = saved + blocks * 2 * FLOAT16 + 2 * DESCRIPTION * len(ternary)
+    # The next state is written beside the last one, or what is tuned, which is smaller.
+    disk = 2 * (saved + DESCRIPTION * len(ternary))
     if on_gpu:
         host = CUDA_LIBRARIES + hidden + max(other_parameters * READING, saved)
         return Needs(host=host, gpu=compute, disk=disk)

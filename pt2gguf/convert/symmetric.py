@@ -30,6 +30,11 @@ def unfold(folded: Tensor) -> Tensor:
     return lower + lower.tril(-1).T
 
 
+def is_folded(matrix: Tensor) -> bool:
+    """Whether it has a shape that `fold` gives."""
+    return len(matrix) == matrix.shape[1] // 2
+
+
 def _is_late(n: int, device: torch.device) -> Tensor:
     """(ceil(n / 2), n + 1): whether an entry is of the pair's later row."""
     pair = torch.arange((n + 1) // 2, device=device).unsqueeze(1)

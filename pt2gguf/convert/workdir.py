@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pt2gguf.blocks import BLOCK_SIZE
 from pt2gguf.convert.settings import Settings, differences
-from pt2gguf.convert.symmetric import fold, unfold
+from pt2gguf.convert.symmetric import fold, is_folded, unfold
 from pt2gguf.errors import Pt2Error
 from pt2gguf.ternary import OutputStatistics, StockWeight, TernaryWeight
 
@@ -104,8 +104,9 @@ class WorkDirectory:
     (n, bytes of a row) uint8, are its rows in a stock type.
 
     outputs-0000.safetensors and so on hold, until that layer is rounded, the second moments of the
-    gradients at its outputs: KEY#0 and so on, (r, r) float32, for the parts of the outputs of the
-    weights that are ternarized together (`group_key`).
+    gradients at its outputs: KEY#0 and so on, (r, r) float32 folded to (ceil(r / 2), r + 1), see
+    `convert.symmetric`, for the parts of the outputs of the weights that are ternarized together
+    (`group_key`).
 
     With a method that tunes the grids, written.safetensors holds the text that the model wrote for
     that, tuning.safetensors the state of a tuning that is under way, and tuned-0000.safetensors and
@@ -312,7 +313,7 @@ class WorkDirectory:
     def load_outputs(self, index: int) -> dict[str, StoredOutputs] | None:
         """What `save_outputs` stored; None if there is nothing, or it is damaged."""
         found = _read(self._outputs_file(index))
-        if found is None:
+        if found is None or not all(map(is_folded, found[1].values())):  # as they once were
             return None
         parts: dict[str, dict[int, Tensor]] = {}
         for key, part in found[1].items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pt2gguf.convert.calibration import Calibration
-from pt2gguf.convert.generation import go_on
+from pt2gguf.convert.generation import continue_text
 from pt2gguf.convert.machine import computes_bfloat16
 from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.resources import (
@@ -69,7 +69,7 @@ def write_text(
     starts = _first_tokens(config, calibration.ids, windows).to(device)
     generator = torch.Generator().manual_seed(calibration.provenance.get("seed") or 0)
     parts = [
-        go_on(model, part, length, _end_tokens(config), generator).cpu()
+        continue_text(model, part, length, _end_tokens(config), generator).cpu()
         for part in starts.split(batch)
     ]
     if on_gpu:

@@ -58,7 +58,7 @@ def fit_grid(W: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
 
 def iterative_ternary_fitting(W: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """ITF (Eq. 9, 10): fit the grid, round to it, until T stops changing. Gives alpha, mu, T, and
-    the rounds that took.
+    how many rounds it took.
 
     Neither step can raise a row's squared error. Rows that have settled are left out of the
     following rounds, and put together at the end: writing them to their places in each round would
