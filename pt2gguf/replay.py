@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -64,19 +65,24 @@ def replayed_if_possible(
 
     It is called with them.
     """
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is a prototype, and does not see all that waits
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        function(*inputs)
-    except RuntimeError:
-        return None
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     replayed = Replayed(function)
     try:
+        with _waiting_fails():
+            function(*inputs)
         replayed(*inputs)
     except RuntimeError:
         return None
     return replayed
+
+
+@contextmanager
+def _waiting_fails() -> Iterator[None]:
+    """Within this context, what waits for the GPU is a RuntimeError, as far as PyTorch sees it."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

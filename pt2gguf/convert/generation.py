@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ GROUPED = "pt2gguf_grouped"
 
 
 def continue_text(
-    model: Any, first: Tensor, length: int, never: Sequence[int], generator: torch.Generator
+    model: Any, first: Tensor, length: int, never: list[int], generator: torch.Generator
 ) -> Tensor:
     """(windows, length) int64: `first` (windows, 1), and what `model` says next, at temperature 1.
 
@@ -41,7 +41,7 @@ def continue_text(
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=length - 1,
-        suppress_tokens=list(never) or None,
+        suppress_tokens=never or None,
         pad_token_id=0,
     )
     model.get_compiled_call = lambda _: _ReplayedCall(model)
@@ -118,7 +118,7 @@ def _cache(model: Any, length: int, on_gpu: bool) -> DynamicCache | StaticCache 
 
 
 class _ReplayedCall:
-    """Calls a model, by a CUDA graph if that is possible: launching its kernels takes longer."""
+    """Calls a model, by a CUDA graph if possible: launching kernels takes longer than they do."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -313,7 +313,8 @@ class WorkDirectory:
     def load_outputs(self, index: int) -> dict[str, StoredOutputs] | None:
         """What `save_outputs` stored; None if there is nothing, or it is damaged."""
         found = _read(self._outputs_file(index))
-        if found is None or not all(map(is_folded, found[1].values())):  # as they once were
+        # An earlier version did not fold them.
+        if found is None or not all(map(is_folded, found[1].values())):
             return None
         parts: dict[str, dict[int, Tensor]] = {}
         for key, part in found[1].items():

@@ -93,6 +93,7 @@ def round_to_stock(
     cross = full_precision_moments(statistics, method)
     steps = steps_of_rows(outputs, len(weights), method, weights.device)
     digits_of = Replayed(partial(_digits_with_feedback, grid.top))
+    back = torch.cat([step.rows for step in steps]).argsort()
 
     wanted = original if cross is None else asymmetric_target(original, cross, P, method.gptaq)
     W = wanted  # with what the columns before ask of these
@@ -103,20 +104,20 @@ def round_to_stock(
         importance = factors.metric.diagonal().float().cpu()
         from_columns = W[:, :CHUNK] - wanted[:, :CHUNK]
         targets = W[:, :CHUNK].clone()
-        error = torch.empty_like(targets)
+        errors: list[Tensor] = []
         packed: list[Tensor] = []
         for step in steps:
             rows = targets[step.rows]
             fitted = grid.fit(rows.float().cpu(), importance)
             low, size = (v.to(rows) for v in grid.levels(fitted))
-            digits, error[step.rows] = digits_of(rows, low, size, factors.L)
+            digits, error = digits_of(rows, low, size, factors.L)
+            errors.append(error)
             packed.append(grid.with_digits(fitted, digits.to("cpu", torch.uint8)))
-            step.compensate(error[step.rows] - from_columns[step.rows], targets)
-        order = torch.cat([step.rows for step in steps]).cpu()
-        chunks.append(torch.cat(packed)[order.argsort()])
+            step.compensate(error - from_columns[step.rows], targets)
+        chunks.append(torch.cat(packed)[back.cpu()])
         W, wanted = W[:, CHUNK:], wanted[:, CHUNK:]
         if method.gptq:
-            W = W + exact_update(error, factors)
+            W = W + exact_update(torch.cat(errors)[back], factors)
 
     weight = StockWeight(grid.name, torch.cat(chunks, dim=1))
     values = grid.values(weight.packed).to(weights.device)

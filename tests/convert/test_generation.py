@@ -16,7 +16,7 @@ from transformers import Cache, CompileConfig
 from pt2gguf.convert import generation
 from pt2gguf.convert.generation import _grouped_attention, continue_text
 from pt2gguf.convert.sampling import draw
-from pt2gguf.replay import Replayed
+from pt2gguf.replay import Replayed, replayed_if_possible
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 NEVER = [7, 11]
@@ -44,7 +44,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but that a graph is the function itself, called with what changes."""
     cache = generation._cache
     monkeypatch.setattr(generation, "_cache", lambda model, length, _: cache(model, length, True))
-    monkeypatch.setattr(generation, "replayed_if_possible", lambda function, *_: Replayed(function))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     everywhere = CompileConfig()
     everywhere._compile_all_devices = True
     config = partial(generation.GenerationConfig, compile_config=everywhere)
@@ -121,7 +122,29 @@ def test_nothing_stays_in_memory() -> None:
         gc.enable()
 
 
-def test_shared_keys_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("replayed")
+def test_what_fails_is_not_replayed() -> None:
+    def waits(x: Tensor) -> tuple[Tensor]:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert replayed_if_possible(waits, torch.zeros(1)) is None
+    replayed = replayed_if_possible(lambda x: (x + 1,), torch.zeros(1))
+    assert replayed is not None
+    assert replayed(torch.ones(1)) == (2,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 1}),
+        ("mistral", {"sliding_window": 16}),
+        ("qwen3", {}),
+        ("qwen2", {}),
+    ],
+)
+def test_shared_keys_are_read_once(
+    monkeypatch: pytest.MonkeyPatch, kind: str, changes: dict[str, int]
+) -> None:
     attention, calls = generation._grouped_attention, []
 
     def counted(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -129,7 +152,7 @@ def test_shared_keys_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return attention(*args, **kwargs)
 
     monkeypatch.setattr(generation, "_grouped_attention", counted)
-    model = make_model("llama")
+    model = make_model(kind, **changes)
     with torch.no_grad():
         continue_text(model, torch.zeros(2, 1, dtype=torch.int64), 30, [], torch.Generator())
     assert len(calls) == 29 * model.config.num_hidden_layers
