@@ -70,8 +70,7 @@ def add_parser(commands: Any) -> None:
     file.add_argument(
         "--embedding-type",
         metavar="TYPE",
-        default="q6_k",
-        help="of the embeddings (default: %(default)s)",
+        help="of the embeddings (default: q4_k; where they are the output head too, its type)",
     )
     file.add_argument(
         "--budget",
@@ -165,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
     require_writable(options.output, options.force)
     rules = _parse_tensor_types(options.tensor_type)
     output_type = parse_stock_type(options.output_type)
-    embedding_type = parse_stock_type(options.embedding_type)
+    embedding_type = parse_stock_type(options.embedding_type or "q4_k")
     block_type = BLOCK_TYPES[options.type]
     method = _method(options)
     device = usable_device(options.device)
@@ -179,6 +178,8 @@ def run(options: argparse.Namespace) -> None:
     require_known_metadata(checkpoint.path, llama_cpp)
     skeleton = Skeleton(checkpoint)
     gguf_name = gguf_namer(llama_cpp, skeleton)
+    if options.embedding_type is None and "output.weight" not in map(gguf_name, checkpoint.tensors):
+        embedding_type = output_type
     types = TypeChoice(rules, checkpoint, gguf_name, llama_cpp)
     calibration = calibration_for(skeleton, options)
     plan = make_plan(skeleton, types.reason, types.stock_types())

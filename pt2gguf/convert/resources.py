@@ -73,11 +73,10 @@ def estimate(
     body_parameters: int,
     ternary: Sequence[tuple[int, int]],
     stock_bytes: int,
-    samples: int,
-    length: int,
+    tokens: int,
     further_tokens: int,
+    batch_tokens: int,
     hidden_size: int,
-    batch: int,
     full_precision: bool,
     on_gpu: bool,
 ) -> Needs:
@@ -85,15 +84,15 @@ def estimate(
 
     body_parameters: those outside of decoder layers, without the head; ternary: the shapes
     (n, m) of all matrices to ternarize; stock_bytes: of all that is rounded to stock types,
-    alternatives included; further_tokens: that only the full-precision model reads;
-    batch: samples in a forward pass; full_precision: whether the full-precision model runs beside
-    the ternary one.
+    alternatives included; tokens: that the layers are calibrated on; further_tokens: that only the
+    full-precision model reads; batch_tokens: that run through a layer together; full_precision:
+    whether the full-precision model runs beside the ternary one.
     """
     copies = 2 if full_precision else 1
-    hidden = (copies * samples * length + further_tokens) * hidden_size * FLOAT32
+    hidden = (copies * tokens + further_tokens) * hidden_size * FLOAT32
     body = body_parameters * READING
     widest = max((max(group) for group in layer.groups), default=hidden_size)
-    forward = ACTIVATIONS * batch * length * widest * FLOAT32
+    forward = ACTIVATIONS * batch_tokens * widest * FLOAT32
     work = max((SQUARES * m * m + WEIGHTS * n * m for n, m in layer.groups), default=0) * FLOAT64
     if layer.outputs:
         work += OUTPUT_COPIES * max(output_bytes(n) for n, _ in layer.groups)

@@ -120,7 +120,7 @@ def ternarize_checkpoint(
             require_disk(work.path, needs.disk, "for the work directory")
             with deterministic(device, threads):
                 written = _written_text(checkpoint, calibration, method, work, device, reporter)
-                texts, further = split_texts(calibration.ids, written)
+                texts, further = split_texts(calibration.ids, written, tuned=work.tunes)
                 if method.output_tokens:
                     collect_outputs(skeleton, texts, method, work, device, reporter)
                 room = room_for_hidden_states(needs, device)
@@ -166,16 +166,21 @@ def _written_text(
     return written
 
 
-def split_texts(ids: Tensor, written: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def split_texts(ids: Tensor, written: Tensor, *, tuned: bool) -> tuple[list[Tensor], list[Tensor]]:
     """What the layers are calibrated on, and what the grids are tuned on beyond that.
 
-    ids, written: (samples, length) int64. As many tokens as `ids` has are calibrated on; as many of
-    them as there are, but at most half, are written ones.
+    ids, written: (samples, length) int64. As many tokens are read as `ids` has; as many of them as
+    there are, but at most half, are written ones. If the grids are `tuned`, on all of these and on
+    what else was written, half of them are enough for the layers (docs/quality.md).
     """
     from_written = min(len(written), ids.numel() // 2 // written.shape[1])
     from_ids = len(ids) - from_written * written.shape[1] // ids.shape[1]
-    texts = [ids[:from_ids], written[:from_written]]
-    further = [ids[from_ids:], written[from_written:]]
+    if not tuned:
+        texts, further = [ids[:from_ids], written[:from_written]], []
+    else:
+        half_ids, half_written = -(-from_ids // 2), -(-from_written // 2)
+        texts = [ids[:half_ids], written[:half_written]]
+        further = [ids[half_ids:from_ids], written[half_written:]]
     return [t for t in texts if len(t)], [t for t in further if len(t)]
 
 
@@ -239,18 +244,17 @@ def conversion_needs(
     samples, length = calibration.ids.shape
     shapes = list(plan.ternary.values())
     on_gpu = device.type == "cuda"
-    written = method.written_windows * written_length(length)
+    calibrated, further = _tokens(calibration, method)
     layer = plan.layer if method.output_tokens else replace(plan.layer, outputs=0)
     layers = estimate(
         layer=layer,
         body_parameters=skeleton.body_parameters(),
         ternary=shapes,
         stock_bytes=plan.stock_bytes,
-        samples=samples,
-        length=length,
-        further_tokens=written if method.tuning_epochs else 0,
+        tokens=calibrated,
+        further_tokens=further,
+        batch_tokens=min(samples, batch_size(length, device)) * length,
         hidden_size=skeleton.config.hidden_size,
-        batch=min(samples, batch_size(length, device)),
         full_precision=bool(method.gptaq or method.tuning_epochs),
         on_gpu=on_gpu,
     )
@@ -282,13 +286,13 @@ def tuning_needs(
     recompute: bool,
 ) -> Needs:
     """Memory and disk that the tuning will take."""
-    samples, length = calibration.ids.shape
+    length = calibration.ids.shape[1]
     return estimate_tuning(
         layer=plan.layer,
         layers=len(skeleton),
         ternary=list(plan.ternary.values()),
         other_parameters=_other_parameters(skeleton, plan),
-        tokens=samples * length + method.written_windows * written_length(length),
+        tokens=sum(_tokens(calibration, method)),
         step_tokens=step_size(length) * length,
         head_tokens=TOKENS_PER_HEAD,
         hidden_size=skeleton.config.hidden_size,
@@ -296,6 +300,14 @@ def tuning_needs(
         recompute=recompute,
         on_gpu=device.type == "cuda",
     )
+
+
+def _tokens(calibration: Calibration, method: Method) -> tuple[int, int]:
+    """Of the texts that `split_texts` gives, before anything is written."""
+    ids = calibration.ids
+    written = torch.empty(method.written_windows, written_length(ids.shape[1]), device="meta")
+    texts, further = split_texts(ids, written, tuned=bool(method.tuning_epochs))
+    return sum(t.numel() for t in texts), sum(t.numel() for t in further)
 
 
 def _other_parameters(skeleton: Skeleton, plan: Plan) -> int:

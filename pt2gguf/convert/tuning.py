@@ -30,7 +30,7 @@ from pt2gguf.model import LayerCall, Skeleton
 from pt2gguf.ternary import Method, round_to_half
 
 # Part of the result.
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 BETAS = (0.9, 0.95)
 SAVE_SECONDS = 60.0
 

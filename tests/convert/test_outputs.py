@@ -203,6 +203,8 @@ def test_what_enters_a_layer_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_no_more_is_read_than_estimated(samples: int, length: int, tokens: int) -> None:
     """Where a long sample gives way to several written ones, of each of which a part is read."""
     written = torch.zeros(64, min(length, 512), dtype=torch.int64)
-    texts, _ = split_texts(torch.zeros(samples, length, dtype=torch.int64), written)
-    read = sum(ids.numel() for ids in _beginnings(texts, tokens))
-    assert 0 < read <= tokens_read(tokens, samples, length)
+    ids = torch.zeros(samples, length, dtype=torch.int64)
+    for tuned in (False, True):
+        texts, _ = split_texts(ids, written, tuned=tuned)
+        read = sum(part.numel() for part in _beginnings(texts, tokens))
+        assert 0 < read <= tokens_read(tokens, samples, length)

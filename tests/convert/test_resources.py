@@ -152,11 +152,10 @@ def test_estimate_follows_its_parts() -> None:
         "body_parameters": 10**6,
         "ternary": [(2048, 1024)],
         "stock_bytes": 0,
-        "samples": 128,
-        "length": 512,
+        "tokens": 128 * 512,
         "further_tokens": 0,
+        "batch_tokens": 8 * 512,
         "hidden_size": 1024,
-        "batch": 8,
         "full_precision": True,
         "on_gpu": False,
     }
@@ -164,7 +163,7 @@ def test_estimate_follows_its_parts() -> None:
     hidden = 2 * 128 * 512 * 1024 * 4
     assert needs.gpu == 0
     assert needs.host > hidden + 2 * 4 * 10**6 + 16 * 1024**2
-    assert estimate(**{**base, "samples": 256}).host - needs.host >= hidden
+    assert estimate(**{**base, "tokens": 256 * 512}).host - needs.host >= hidden
     assert estimate(**{**base, "full_precision": False}).host < needs.host - hidden // 2
     assert estimate(**{**base, "further_tokens": 64 * 512}).host - needs.host >= hidden // 4
     assert estimate(**{**base, "stock_bytes": 12345}).disk == needs.disk + 12345
@@ -195,7 +194,7 @@ def test_host_memory_for_65b_on_a_gpu(tmp_path: Path) -> None:
     needs = conversion_needs(skeleton, plan, method, calibration, torch.device("cuda"))
     # While the grids are tuned: hidden states before and after the layers, and what is saved of
     # the changes of alpha and mu and of Adam's moments.
-    hidden = 2 * (128 * 2048 + 64 * 512) * 8192 * 4
+    hidden = 2 * 128 * 2048 * 8192 * 4
     saved = 3 * 2 * sum(n * m for n, m in plan.ternary.values()) // 128 * 4
     assert hidden + saved <= needs.host < 40e9
     # The largest layer, twice, and its statistics have to find room.

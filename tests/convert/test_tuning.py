@@ -27,7 +27,6 @@ from pt2gguf.ternary import METHODS, TernaryWeight
 CPU = torch.device("cpu")
 TUNED = replace(METHODS["default"], written_windows=12)
 SPREAD = {"initializer_range": 0.1}  # logits that differ enough to matter
-UNTUNED = replace(TUNED, tuning_epochs=0)
 
 
 @pytest.fixture
@@ -61,13 +60,14 @@ def test_comes_closer_to_the_full_precision_model(
     made it 1% and another's nothing."""
     monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 480)
     checkpoint = Checkpoint(save_model(tmp_path / "m", kind, **SPREAD))
-    work = tmp_path / "w"
-    untuned = replace(UNTUNED, written_windows=40)
-    tuned = replace(untuned, tuning_epochs=4)
-    with ternarize_checkpoint(checkpoint, untuned, calibration, work) as directory:
-        before = _final(directory)
-    with ternarize_checkpoint(checkpoint, tuned, calibration, work, force=True) as directory:
+    tuned = replace(TUNED, written_windows=40, tuning_epochs=4)
+    with ternarize_checkpoint(checkpoint, tuned, calibration, tmp_path / "w") as directory:
         assert directory.is_complete()
+        before = {
+            name: weight
+            for index in range(directory.settings.layers)
+            for name, weight in directory.load_layer(index).weights.items()
+        }
         after = _final(directory)
     assert after.keys() == before.keys()
     for name, weight in after.items():
@@ -196,12 +196,12 @@ def test_grid_starts_where_the_ternary_weight_is() -> None:
 @pytest.mark.parametrize(
     ("shape", "written", "expected"),
     [
-        ((128, 512), (64, 512), ([(64, 512), (64, 512)], [(64, 512)])),
-        ((128, 512), (1024, 512), ([(64, 512), (64, 512)], [(64, 512), (960, 512)])),
-        ((128, 2048), (64, 512), ([(112, 2048), (64, 512)], [(16, 2048)])),
-        ((3, 10), (1, 10), ([(2, 10), (1, 10)], [(1, 10)])),
+        ((128, 512), (64, 512), ([(32, 512), (32, 512)], [(32, 512), (32, 512)])),
+        ((128, 512), (1024, 512), ([(32, 512), (32, 512)], [(32, 512), (992, 512)])),
+        ((128, 2048), (64, 512), ([(56, 2048), (32, 512)], [(56, 2048), (32, 512)])),
+        ((4, 10), (1, 10), ([(2, 10), (1, 10)], [(1, 10)])),
         ((1, 10), (5, 10), ([(1, 10)], [(5, 10)])),
-        ((4, 10), (0, 10), ([(4, 10)], [])),
+        ((4, 10), (0, 10), ([(2, 10)], [(2, 10)])),
     ],
 )
 def test_texts_are_shared_out(
@@ -209,11 +209,15 @@ def test_texts_are_shared_out(
 ) -> None:
     ids = torch.arange(shape[0] * shape[1]).view(shape)
     own = -1 - torch.arange(written[0] * written[1]).view(written)
-    texts, further = split_texts(ids, own)
+    texts, further = split_texts(ids, own, tuned=True)
     assert ([tuple(t.shape) for t in texts], [tuple(t.shape) for t in further]) == expected
-    together = torch.cat([t.flatten() for t in [*texts, *further]])
-    everything = torch.cat([ids.flatten(), own.flatten()])
-    assert torch.equal(together.sort().values, everything.sort().values)
+    together = torch.cat([t.flatten() for t in [*texts, *further]]).sort().values
+    assert len(together) == len(together.unique())  # nothing counts twice
+    assert torch.equal(together[: own.numel()], own.flatten().sort().values)  # and all written does
+
+    untuned, further = split_texts(ids, own, tuned=False)
+    assert sum(t.numel() for t in untuned) == ids.numel()
+    assert not further
 
 
 def test_divergence_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
