@@ -119,8 +119,9 @@ def add_parser(commands: Any) -> None:
         "--written",
         metavar="N",
         type=whole,
-        help="windows of text that the model itself writes, to be calibrated and tuned on together "
-        "with the calibration text (default: half as many as --samples; 1024 for the best quality)",
+        help="windows of text that the model itself writes, to be calibrated and tuned on; up to "
+        "half of the calibration text is left out for them (default: half as many as --samples; "
+        "1024 for the best quality)",
     )
     method.add_argument(
         "--gptaq",

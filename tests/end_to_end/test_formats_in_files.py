@@ -308,6 +308,27 @@ def test_stock_types_are_those_asked_for(tmp_path, gguf) -> None:
         assert_close(stock_weights(tensors[ours], gguf), checkpoint[theirs], tolerance)
 
 
+@pytest.mark.parametrize(
+    ("tied", "options", "expected"),
+    [
+        (False, [], ("Q4_K", "Q6_K")),
+        (False, ["--output-type", "q8_0"], ("Q4_K", "Q8_0")),
+        (True, [], ("Q6_K", None)),
+        (True, ["--output-type", "q8_0"], ("Q8_0", None)),  # which the embeddings are
+        (True, ["--output-type", "q8_0", "--embedding-type", "q5_k"], ("Q5_K", None)),
+    ],
+)
+def test_types_of_embeddings_and_output(tmp_path, gguf, tied, options, expected) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": tied}
+    model = save_model_with_tokenizer(tmp_path / "model", "llama", **shape)
+    file = tmp_path / "out.gguf"
+    quickly = ["--samples", 4, "--length", 48, "--written", 0, "--no-tuning"]
+    run_pt2gguf("convert", model, file, "--calibration", EXAMPLE_TEXT, *quickly, *options)
+    tensors = tensors_of(file, gguf)
+    found = [tensors.get(name) for name in ("token_embd.weight", "output.weight")]
+    assert tuple(tensor and tensor.tensor_type.name for tensor in found) == expected
+
+
 def test_finished_work_serves_other_files_of_the_same_settings(converted, gguf, tmp_path) -> None:
     """Types of embeddings are no setting of the ternarization; which tensors are ternary is."""
     work = shutil.copytree(converted.work, tmp_path / "work")
