@@ -26,18 +26,20 @@ CHUNKS = 200
 STOCK_TYPES = "Q2_K,IQ2_M,IQ2_XS,IQ2_XXS,IQ1_M"
 
 SHARED_WORK = ["--work=default.work", "--keep-work"]
-# All but one with the embeddings of the stock types, to compare what becomes of the matrices.
 DEFAULT = "TQ1_1, default embeddings"
-CONVERSIONS = {
-    "TQ1_1": [*SHARED_WORK, "--embedding-type=q6_k"],
-    DEFAULT: SHARED_WORK,
-    "TQ1_1, --method paper": ["--embedding-type=q6_k", "--method=paper"],
-    "TQ1_1, --seed 1": ["--embedding-type=q6_k", "--seed=1"],
-    "TQ1_1, --seed 2": ["--embedding-type=q6_k", "--seed=2"],
-    "TQ1_1, --no-tuning --written 0": ["--embedding-type=q6_k", "--no-tuning", "--written=0"],
-    "TQ1_1, --budget 2.32": ["--embedding-type=q6_k", "--budget=2.32"],
-    "TQ1_1, --budget 2.67": ["--embedding-type=q6_k", "--budget=2.67"],
-    "TQ1_1, --written 1024": ["--embedding-type=q6_k", "--written=1024"],
+# All others with the embeddings of the stock types, to compare what becomes of the matrices.
+COMPARED = {
+    "TQ1_1": SHARED_WORK,
+    "TQ1_1, --method paper": ["--method=paper"],
+    "TQ1_1, --seed 1": ["--seed=1"],
+    "TQ1_1, --seed 2": ["--seed=2"],
+    "TQ1_1, --no-tuning --written 0": ["--no-tuning", "--written=0"],
+    "TQ1_1, --budget 2.32": ["--budget=2.32"],
+    "TQ1_1, --budget 2.67": ["--budget=2.67"],
+    "TQ1_1, --written 1024": ["--written=1024"],
+}
+CONVERSIONS = {DEFAULT: SHARED_WORK} | {
+    name: ["--embedding-type=q6_k", *options] for name, options in COMPARED.items()
 }
 
 

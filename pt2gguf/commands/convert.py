@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
     require_writable(options.output, options.force)
     rules = _parse_tensor_types(options.tensor_type)
     output_type = parse_stock_type(options.output_type)
-    embedding_type = parse_stock_type(options.embedding_type or "q4_k")
+    embedding_type = options.embedding_type and parse_stock_type(options.embedding_type)
     block_type = BLOCK_TYPES[options.type]
     method = _method(options)
     device = usable_device(options.device)
@@ -179,8 +179,7 @@ def run(options: argparse.Namespace) -> None:
     require_known_metadata(checkpoint.path, llama_cpp)
     skeleton = Skeleton(checkpoint)
     gguf_name = gguf_namer(llama_cpp, skeleton)
-    if options.embedding_type is None and "output.weight" not in map(gguf_name, checkpoint.tensors):
-        embedding_type = output_type
+    has_head = "output.weight" in map(gguf_name, checkpoint.tensors)
     types = TypeChoice(rules, checkpoint, gguf_name, llama_cpp)
     calibration = calibration_for(skeleton, options)
     plan = make_plan(skeleton, types.reason, types.stock_types())
@@ -233,7 +232,7 @@ def run(options: argparse.Namespace) -> None:
             ExportOptions(
                 block_type=block_type,
                 output_type=output_type,
-                embedding_type=embedding_type,
+                embedding_type=embedding_type or ("q4_k" if has_head else output_type),
                 tensor_type=types.tensor_type,
                 metadata=_metadata(method, calibration.provenance),
             ),
