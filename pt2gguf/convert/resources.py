@@ -162,10 +162,14 @@ def estimate_tuning(
     weights = sum(n * m for n, m in ternary)
     blocks = weights // BLOCK_SIZE
     model = weights // 4 + blocks * GRID_NUMBERS * FLOAT32 + other_parameters * FLOAT32
-    dense = 3 * layer.parameters * FLOAT32  # with a copy of another type, and the gradients
+    dense = 3 * layer.parameters * FLOAT32  # as it is made, or with its gradients
     widest = max((max(group) for group in layer.groups), default=hidden_size)
     activations = step_tokens * KEPT_ACTIVATIONS * widest * FLOAT32
-    kept = step_tokens * hidden_size * FLOAT32 if recompute else dense + activations
+    kept = (
+        step_tokens * hidden_size * FLOAT32
+        if recompute
+        else layer.parameters * FLOAT32 + activations
+    )
     head = LOGITS * head_tokens * vocabulary * FLOAT32
     compute = model + dense + activations + layers * kept + head
     hidden = 2 * tokens * hidden_size * FLOAT32  # what enters the layers, and what should leave

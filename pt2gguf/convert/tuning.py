@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from pt2gguf.convert.progress import Reporter
 from pt2gguf.convert.stock import StockTypes, replace_weights, round_kept
 from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, unpack_digits
 from pt2gguf.errors import Pt2Error
+from pt2gguf.kernels import kernels_work
 from pt2gguf.model import LayerCall, Skeleton
 from pt2gguf.ternary import Method, round_to_half
 
@@ -240,14 +242,16 @@ class _Grid(nn.Module):
         super().__init__()
         self._alpha, self._mu = (v.to(device, torch.float32) for v in (weight.alpha, weight.mu))
         self._digits = weight.digits.to(device)
-        self._perm = None if weight.perm is None else weight.perm.to(device)
+        self._order = None if weight.perm is None else _Order.of(weight.perm.to(device))
         self.alpha_change = nn.Parameter(torch.zeros_like(self._alpha))
         self.mu_change = nn.Parameter(torch.zeros_like(self._mu))
 
     def forward(self) -> Tensor:
-        """(n, m): the weight in the original order of its columns."""
+        """(n, m): the weight in the original order of its columns, as products take it."""
         alpha, mu = self._values()
-        weight: Tensor = _Dense.apply(alpha, mu, self._digits, self._perm)  # type: ignore[no-untyped-call]
+        kind = alpha.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else alpha.dtype
+        weight: Tensor = _Dense.apply(alpha, mu, self._digits, self._order, dtype)  # type: ignore[no-untyped-call]
         return weight
 
     @torch.no_grad()
@@ -263,6 +267,17 @@ class _Grid(nn.Module):
         )
 
 
+class _Order(NamedTuple):
+    """Of a weight's columns; each (m,) int32."""
+
+    perm: Tensor  # stored column j is original column perm[j]
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, perm: Tensor) -> _Order:
+        return cls(perm.int(), torch.argsort(perm).int())
+
+
 class _Dense(torch.autograd.Function):
     """alpha * T + mu from packed digits, without keeping T for the gradients."""
 
@@ -272,23 +287,34 @@ class _Dense(torch.autograd.Function):
         alpha: Tensor,
         mu: Tensor,
         digits: Tensor,
-        perm: Tensor | None,
+        order: _Order | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        ctx.digits, ctx.perm = digits, perm  # type: ignore[attr-defined]
+        ctx.digits, ctx.order = digits, order  # type: ignore[attr-defined]
+        if alpha.is_cuda and kernels_work():
+            from pt2gguf.kernels.dense import dense
+
+            return dense(alpha, mu, digits, order and order.inverse, dtype)
         stored = torch.addcmul(mu.unsqueeze(2), _unpacked(digits), alpha.unsqueeze(2))
-        stored = stored.view(len(stored), -1)
-        return stored if perm is None else stored.index_select(1, torch.argsort(perm))
+        stored = stored.view(len(stored), -1).to(dtype)
+        return stored if order is None else stored.index_select(1, order.inverse)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        digits, perm = ctx.digits, ctx.perm  # type: ignore[attr-defined]
-        if perm is not None:
-            gradient = gradient.index_select(1, perm)
-        blocks = gradient.view(len(gradient), -1, BLOCK_SIZE)
-        return (blocks * _unpacked(digits)).sum(2), blocks.sum(2), None, None
+        digits, order = ctx.digits, ctx.order  # type: ignore[attr-defined]
+        if gradient.is_cuda and kernels_work():
+            from pt2gguf.kernels.dense import grid_gradients
+
+            of_alpha, of_mu = grid_gradients(gradient.contiguous(), digits, order and order.perm)
+        else:
+            if order is not None:
+                gradient = gradient.index_select(1, order.perm)
+            blocks = gradient.float().view(len(gradient), -1, BLOCK_SIZE)
+            of_alpha, of_mu = (blocks * _unpacked(digits)).sum(2), blocks.sum(2)
+        return of_alpha, of_mu, None, None, None
 
 
 def _unpacked(packed: Tensor) -> Tensor:

@@ -8,12 +8,10 @@ alpha = 0 get digits 0.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from pt2gguf.kernels import kernels_work
 
 
 def digits_with_feedback(W: Tensor, alpha: Tensor, mu: Tensor, L: Tensor) -> Tensor:
@@ -45,8 +43,10 @@ def _round_columns(targets: Tensor, before: Tensor | None, effects: Tensor) -> T
     themselves; effects: (b, b), [j, k] how much target k moves when digit j rises from `before` by
     one. Returns digits (b, n).
     """
-    if targets.is_cuda and (fused := _fused_kernel()):
-        return fused(targets, before, effects)
+    if targets.is_cuda and kernels_work():
+        from pt2gguf.kernels.rounding import round_columns
+
+        return round_columns(targets, before, effects)
     digits = torch.empty_like(targets)
     starts = targets if before is None else before
     columns = zip(targets, digits, starts, effects, strict=True)
@@ -54,19 +54,6 @@ def _round_columns(targets: Tensor, before: Tensor | None, effects: Tensor) -> T
         torch.round(target, out=digit).clamp_(-1, 1)
         targets[later:].addr_(effect[later:], digit - start)
     return digits
-
-
-@lru_cache(maxsize=1)
-def _fused_kernel() -> Callable[[Tensor, Tensor | None, Tensor], Tensor] | None:
-    """`_round_columns` as one kernel, where PyTorch comes with Triton, and that works."""
-    try:
-        from pt2gguf.ternary.rounding_kernel import round_columns
-
-        round_columns(*torch.zeros(3, 1, 1, dtype=torch.float64, device="cuda"))
-    except Exception as error:  # it needs a compiler and Python's headers, and says so in many ways
-        warnings.warn(f"rounding takes several times as long: Triton fails ({error})", stacklevel=2)
-        return None
-    return round_columns
 
 
 def _in_grid_units(W: Tensor, alpha: Tensor, mu: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.convert.workdir import Layer
 from pt2gguf.export.llama_cpp import import_llama_cpp
 from pt2gguf.export.stock_grids import GgmlGrid
+from pt2gguf.kernels import kernels_work
 from pt2gguf.model import Checkpoint
 from pt2gguf.native.installation import find_installation
 from pt2gguf.replay import Replayed
 from pt2gguf.ternary import METHODS, InputStatistics, OutputStatistics, round_to_stock
 from pt2gguf.ternary.rounding import (
-    _fused_kernel,
     _round_columns,
     descend_digits,
     digits_with_feedback,
@@ -57,6 +57,9 @@ def test_the_gpu_gives_what_the_cpu_gives(tmp_path: Path) -> None:
 
 
 def test_one_kernel_rounds_as_many_do() -> None:
+    assert kernels_work()
+    from pt2gguf.kernels.rounding import round_columns
+
     generator = torch.Generator("cuda").manual_seed(1)
     for columns, rows in ((1, 1), (5, 3), (128, 2049), (128, 16)):
         targets, before = 1.5 * torch.randn(
@@ -64,10 +67,8 @@ def test_one_kernel_rounds_as_many_do() -> None:
         )
         effects = torch.randn(columns, columns, device="cuda", generator=generator).double() / 8
         targets[0, 0] = 0.5
-        fused = _fused_kernel()
-        assert fused is not None
         for start in (None, before.round()):
-            found = fused(targets.clone(), start, effects)
+            found = round_columns(targets.clone(), start, effects)
             on_cpu = (None if start is None else start.cpu(), effects.cpu())
             assert torch.equal(found.cpu(), _round_columns(targets.cpu(), *on_cpu))
 

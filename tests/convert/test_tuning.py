@@ -17,7 +17,7 @@ from pt2gguf.convert import resources, run, tuning
 from pt2gguf.convert.calibration import Calibration, load_calibration
 from pt2gguf.convert.progress import SilentReporter
 from pt2gguf.convert.run import split_texts, ternarize_checkpoint
-from pt2gguf.convert.tuning import _Dense, _Grid, learning_rate
+from pt2gguf.convert.tuning import _Dense, _Grid, _Order, learning_rate
 from pt2gguf.convert.workdir import PackedWeight, WorkDirectory, pack_digits
 from pt2gguf.convert.writing import write_text
 from pt2gguf.errors import Pt2Error
@@ -25,6 +25,7 @@ from pt2gguf.model import Checkpoint
 from pt2gguf.ternary import METHODS, TernaryWeight
 
 CPU = torch.device("cpu")
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TUNED = replace(METHODS["default"], written_windows=12)
 SPREAD = {"initializer_range": 0.1}  # logits that differ enough to matter
 
@@ -153,29 +154,35 @@ def test_diverging_is_an_error(
         ternarize_checkpoint(checkpoint, method, calibration, tmp_path / "w")
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-def test_dense_weight_and_its_gradients(permuted: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "blocks", "permuted"), [(7, 3, False), (7, 3, True), (5, 43, True)]
+)
+def test_dense_weight_and_its_gradients(
+    rows: int, blocks: int, permuted: bool, dtype: torch.dtype, device: str
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, blocks = 7, 3
     alpha = torch.rand(rows, blocks, generator=generator)
     mu = torch.randn(rows, blocks, generator=generator)
     digits = torch.randint(-1, 2, (rows, blocks * 128), generator=generator, dtype=torch.int8)
     perm = torch.randperm(blocks * 128, generator=generator) if permuted else None
     wanted = TernaryWeight(alpha.half(), mu.half(), digits, perm)
-    alpha, mu = wanted.alpha.float().requires_grad_(), wanted.mu.float().requires_grad_()
-    dense = _Dense.apply(alpha, mu, pack_digits(digits), perm)
-    assert torch.equal(dense, wanted.dequantize())
+    alpha, mu = (v.float().to(device).requires_grad_() for v in (wanted.alpha, wanted.mu))
+    order = None if perm is None else _Order.of(perm.to(device))
+    dense = _Dense.apply(alpha, mu, pack_digits(digits).to(device), order, dtype)
+    assert torch.equal(dense.cpu(), wanted.dequantize().to(dtype))
 
-    upstream = torch.randn(rows, blocks * 128, generator=generator)
-    dense.backward(upstream)
+    upstream = torch.randn(rows, blocks * 128, generator=generator).to(dtype)
+    dense.backward(upstream.to(device))
     stored = upstream.double() if perm is None else upstream.double()[:, perm]
     by_block = stored.view(rows, blocks, 128)
     by_digit = (by_block * digits.view(rows, blocks, 128)).sum(2)
     # 128 float32 terms: an error of at most 127 roundings of partial sums, each of which is at most
     # the sum of the absolute values.
     bound = 127 * 2**-24 * by_block.abs().sum(2)
-    assert bool(((alpha.grad - by_digit).abs() <= bound).all())
-    assert bool(((mu.grad - by_block.sum(2)).abs() <= bound).all())
+    assert bool(((alpha.grad.cpu() - by_digit).abs() <= bound).all())
+    assert bool(((mu.grad.cpu() - by_block.sum(2)).abs() <= bound).all())
 
 
 def test_grid_starts_where_the_ternary_weight_is() -> None:
