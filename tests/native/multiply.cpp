@@ -141,16 +141,22 @@ static void set_activations(ggml_tensor * x, const inputs & in) {
     }
 }
 
-// The product, by a graph that computes it twice, so that one multiplication follows another.
+// The product, by a graph that computes it again: after another operation, at once with the next one, which has fewer
+// rows, and at once with one behind a view. Products of experts only follow each other.
 static std::vector<float> multiply(ggml_backend_t backend, const shape & s, const inputs & in,
                                    const run_options & options) {
     ggml_context_ptr weights_ctx = new_context();
     ggml_tensor * w =
         s.experts ? ggml_new_tensor_3d(weights_ctx.get(), s.type, s.length, s.rows, s.experts)
                   : ggml_new_tensor_4d(weights_ctx.get(), s.type, s.length, s.rows, s.matrices[0], s.matrices[1]);
+    const bool alone = s.experts > 0 || s.matrices[0] * s.matrices[1] > 1;
+    ggml_tensor * less =
+        alone ? w : ggml_new_tensor_2d(weights_ctx.get(), s.type, s.length, std::min<int64_t>(s.rows, 32));
     ggml_tensor * perm = s.permuted ? ggml_new_tensor_1d(weights_ctx.get(), GGML_TYPE_I32, s.length) : nullptr;
     ggml_backend_buffer_ptr weights_buffer(ggml_backend_alloc_ctx_tensors_from_buft(weights_ctx.get(), options.buft));
-    ggml_backend_tensor_set(w, in.weights.data(), 0, in.weights.size());
+    for (ggml_tensor * t : { w, less }) {
+        ggml_backend_tensor_set(t, in.weights.data(), 0, ggml_nbytes(t));
+    }
     if (perm) {
         ggml_backend_tensor_set(perm, in.perm.data(), 0, ggml_nbytes(perm));
     }
@@ -162,15 +168,22 @@ static std::vector<float> multiply(ggml_backend_t backend, const shape & s, cons
         ggml_tensor * all = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, s.experts, s.columns);
         ids = ggml_view_2d(ctx.get(), all, s.used, s.columns, all->nb[1], 0);
     }
-    ggml_tensor * products[2];
+    ggml_tensor * products[4];
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
-    for (ggml_tensor *& product : products) {
-        product = ids ? ggml_mul_mat_id(ctx.get(), w, x, ids) : ggml_mul_mat(ctx.get(), w, x);
+    for (int i = 0; i < 4; ++i) {
+        ggml_tensor * weights = i == 2 ? less : w;
+        ggml_tensor * product = ids ? ggml_mul_mat_id(ctx.get(), weights, x, ids) : ggml_mul_mat(ctx.get(), weights, x);
+        products[i] = product;
         if (perm) {
             ggml_mul_mat_set_perm(product, perm);
         }
         check(ggml_backend_supports_op(backend, product), s, "not supported");
         ggml_build_forward_expand(graph, product);
+        if (i == 0) {
+            ggml_build_forward_expand(graph, ggml_neg(ctx.get(), product));
+        } else if (i == 2) {
+            ggml_build_forward_expand(graph, ggml_view_1d(ctx.get(), product, 1, 0));
+        }
     }
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
     ggml_backend_buffer_clear(buffer.get(), 0xFF); // NaN
@@ -181,14 +194,16 @@ static std::vector<float> multiply(ggml_backend_t backend, const shape & s, cons
 
     ggml_backend_cpu_set_n_threads(backend, options.threads);
     check(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS, s, "computing failed");
-    std::vector<float> results[2];
-    for (int i = 0; i < 2; ++i) {
-        results[i].resize(ggml_nelements(products[i]));
-        memcpy(results[i].data(), products[i]->data, ggml_nbytes(products[i]));
+    std::vector<float> result(ggml_nelements(products[0]));
+    memcpy(result.data(), products[0]->data, ggml_nbytes(products[0]));
+    for (const ggml_tensor * again : { products[1], products[2], products[3] }) {
+        for (int64_t column = 0; column < ggml_nrows(again); ++column) {
+            const char * found = (const char *) again->data + column * again->nb[1]; // of a contiguous tensor
+            check(memcmp(found, result.data() + column * s.rows, again->nb[1]) == 0, s,
+                  "another product of the same differs");
+        }
     }
-    const size_t size = results[0].size() * sizeof(float);
-    check(memcmp(results[0].data(), results[1].data(), size) == 0, s, "the second product differs from the first");
-    return results[0];
+    return result;
 }
 
 // out[0..rows) against the products of w's rows with x in float64.

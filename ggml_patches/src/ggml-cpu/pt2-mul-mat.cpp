@@ -1,10 +1,11 @@
 // See pt2-mul-mat.h. All threads quantize the activations into tiles, and then take chunks of panels off a common
-// counter until none is left.
+// counter until none is left; products of the same activations that follow each other, as gate and up do, at once.
 #include "pt2-mul-mat.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 #include "pt2-panel.h"
 #include "traits.h"
 
@@ -20,6 +21,7 @@
 namespace {
 
 constexpr size_t ALIGNMENT = 64;
+constexpr int GROUP = 3;                    // products that are computed at once, at most
 constexpr int64_t CHUNK_BYTES = 128 * 1024; // of weights: half a small L2 cache
 
 bool is_interleaved(const ggml_tensor * weights) {
@@ -162,30 +164,44 @@ class mul_mat : public ggml::cpu::tensor_traits {
     }
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
-        multiplication product(op);
-        const plan cut(product, params->nth);
-        GGML_ASSERT(cut.size <= params->wsize);
-        char * work = (char *) GGML_PAD((uintptr_t) params->wdata, ALIGNMENT);
-        product.use_sorted(work + cut.sorting_at);
-        if (params->ith == 0) {
-            ggml_threadpool_chunk_set(params->threadpool, params->nth);
-            product.sort();
-        }
-        if (product.sorting_size()) {
-            ggml_barrier(params->threadpool);
-        }
-        quantize(product, params, work);
-        ggml_barrier(params->threadpool);
-
-        void * scratch = work + cut.scratch_at + params->ith * cut.scratch_size;
-        int64_t chunk = params->ith;
-        while (chunk < product.matrices * cut.chunks) {
-            multiply_chunk(product, cut, chunk, work, (block_panel *) scratch);
-            chunk = ggml_threadpool_chunk_add(params->threadpool, 1);
-        }
+        multiply(params, &op, 1);
         return true;
     }
 
+public:
+    // ops: with the same activations and column order, which are quantized for all of them
+    static void multiply(const ggml_compute_params * params, ggml_tensor * const * ops, int n) {
+        multiplication first(ops[0]);
+        char * work = (char *) GGML_PAD((uintptr_t) params->wdata, ALIGNMENT);
+        first.use_sorted(work + plan(first, params->nth).sorting_at);
+        if (params->ith == 0) {
+            ggml_threadpool_chunk_set(params->threadpool, params->nth);
+            first.sort();
+        }
+        if (first.sorting_size()) {
+            ggml_barrier(params->threadpool);
+        }
+        quantize(first, params, work);
+        ggml_barrier(params->threadpool);
+
+        int64_t chunk = params->ith;
+        int64_t chunks_before = 0;
+        for (int i = 0; i < n; ++i) {
+            multiplication product(ops[i]);
+            const plan cut(product, params->nth);
+            GGML_ASSERT(cut.size <= params->wsize);
+            product.use_sorted(work + cut.sorting_at);
+            void * scratch = work + cut.scratch_at + params->ith * cut.scratch_size;
+            const int64_t end = chunks_before + product.matrices * cut.chunks;
+            while (chunk < end) {
+                multiply_chunk(product, cut, chunk - chunks_before, work, (block_panel *) scratch);
+                chunk = ggml_threadpool_chunk_add(params->threadpool, 1);
+            }
+            chunks_before = end;
+        }
+    }
+
+private:
     // Calls function(first, n) for each strip of the matrix's columns.
     template <typename F> static void each_strip(const multiplication & product, int64_t matrix, const F & function) {
         const int64_t begin = product.first_column(matrix);
@@ -269,6 +285,25 @@ class mul_mat : public ggml::cpu::tensor_traits {
         });
     }
 };
+
+// Products of the same activations -----------------------------------------------------------------
+
+bool is_product(const ggml_tensor * node) {
+    return node->op == GGML_OP_MUL_MAT && ggml_pt2_is_ternary(node->src[0]->type) &&
+           (node->flags & GGML_TENSOR_FLAG_COMPUTE);
+}
+
+// Whether the activations are cut into the same tiles.
+bool belong_together(const ggml_tensor * a, const ggml_tensor * b) {
+    return is_product(b) && a->src[1] == b->src[1] && ggml_mul_mat_get_perm(a) == ggml_mul_mat_get_perm(b) &&
+           a->src[0]->ne[2] == b->src[0]->ne[2] && a->src[0]->ne[3] == b->src[0]->ne[3];
+}
+
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * a_data = (const char *) a->data;
+    const char * b_data = (const char *) b->data;
+    return a_data < b_data + ggml_nbytes(b) && b_data < a_data + ggml_nbytes(a);
+}
 
 // Buffers of panels --------------------------------------------------------------------------------
 
@@ -363,4 +398,29 @@ ggml_backend_buffer_type_t ggml_backend_cpu_pt2_buffer_type(void) {
         /* .context = */ &context,
     };
     return &type;
+}
+
+int ggml_pt2_mul_mat_group(const ggml_compute_params * params, const ggml_cgraph * cgraph, int first) {
+    ggml_tensor * ops[GROUP] = { cgraph->nodes[first] };
+    if (!is_product(ops[0])) {
+        return 0;
+    }
+    int n = 1;
+    int last = first;
+    for (int i = first + 1; i < cgraph->n_nodes && n < GROUP; ++i) {
+        ggml_tensor * node = cgraph->nodes[i];
+        if (ggml_op_is_empty(node->op)) {
+            continue;
+        }
+        const auto in_the_way = [node](const ggml_tensor * other) { return overlap(node, other); };
+        if (!belong_together(ops[0], node) || std::any_of(ops, ops + n, in_the_way)) {
+            break;
+        }
+        ops[n++] = node;
+        last = i;
+    }
+    if (n > 1) {
+        mul_mat::multiply(params, ops, n);
+    }
+    return last - first;
 }
