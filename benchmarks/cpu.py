@@ -6,7 +6,7 @@ Makes models of a 1.1 B LLaMA shape with random weights (synthetic.py; no downlo
 llama-bench on all of them in turn, several rounds, so that what else the machine does hits all
 alike. Every round also measures memory bandwidth and the peak of the dot-product instruction
 (cpu_limits.c). Writes benchmarks/results/cpu.json unless another file is given: cpu-amx.json is of
-a machine with AMX. benchmarks/tables.py turns both into tables.
+a machine with AMX, cpu-zen4.json of a Zen 4. benchmarks/tables.py turns all into tables.
 --peer adds a model of another program that has a llama-bench, such as ik_llama.cpp's IQ2_BN.
 """
 
