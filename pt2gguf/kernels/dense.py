@@ -1,7 +1,7 @@
 """Ternary weights in full, and the gradients of their grids.
 
 PyTorch would unpack, scale, permute and round in a dozen operations, each of which passes over all
-of a weight, and which take three times as long as the products with it.
+of a weight, and which take two and a half times as long as the products with it (LLaMA-7B, H100).
 """
 
 from __future__ import annotations
