@@ -34,7 +34,7 @@ def main() -> None:
         replace(SPEED, name, cpu_table(cpu))
         replace(SPEED, f"{name}-ratios", cpu_ratios(cpu))
         replace(SPEED, f"{name}-batches", cpu_batches(cpu))
-    for name, record in (("cpu", "cpu"), ("zen4", "cpu-zen4")):  # AMX goes beyond
+    for name, record in (("cpu", "cpu"), ("zen4", "cpu-zen4")):  # AMX goes beyond these
         replace(SPEED, f"{name}-limits", cpu_limits(load(record)))
     replace(README, "gpu", figure4_table(figure4_rates("figure4")))
     replace(SPEED, "gpu-ratios", figure4_ratios(figure4_rates("figure4")))

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pt2gguf.blocks import BLOCK_SIZE
+
 ROWS = 4
 COLUMNS = 512
 BLOCKS = 8  # of a row, at once
@@ -37,6 +39,7 @@ def dense(
         PERMUTED=inverse is not None,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
+        BLOCK=BLOCK_SIZE,
     )
     return weight
 
@@ -47,7 +50,7 @@ def grid_gradients(gradient: Tensor, digits: Tensor, perm: Tensor | None) -> tup
     perm: (m,) int32, the inverse of `inverse`; all contiguous.
     """
     rows, columns = gradient.shape
-    of_alpha, of_mu = torch.empty(2, rows, columns // 128, device=gradient.device)
+    of_alpha, of_mu = torch.empty(2, rows, columns // BLOCK_SIZE, device=gradient.device)
     _grid_gradients[(rows,)](
         gradient,
         digits,
@@ -57,6 +60,7 @@ def grid_gradients(gradient: Tensor, digits: Tensor, perm: Tensor | None) -> tup
         columns,
         PERMUTED=perm is not None,
         BLOCKS=BLOCKS,
+        BLOCK=BLOCK_SIZE,
     )
     return of_alpha, of_mu
 
@@ -73,6 +77,7 @@ def _dense(  # type: ignore[no-untyped-def]
     PERMUTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -80,8 +85,8 @@ def _dense(  # type: ignore[no-untyped-def]
     stored = column
     if PERMUTED:
         stored = tl.load(inverse + column, mask=column < columns, other=0)
-    block = row.to(tl.int64)[:, None] * (columns // 128) + (stored // 128)[None, :]
-    digit = _digit(digits, block, (stored % 128)[None, :], inside)
+    block = row.to(tl.int64)[:, None] * (columns // BLOCK) + (stored // BLOCK)[None, :]
+    digit = _digit(digits, block, (stored % BLOCK)[None, :], inside, BLOCK)
     scale = tl.load(alpha + block, mask=inside, other=0.0)
     value = tl.load(mu + block, mask=inside, other=0.0) + scale * digit
     place = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -98,26 +103,28 @@ def _grid_gradients(  # type: ignore[no-untyped-def]
     columns,
     PERMUTED: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    blocks = columns // 128
-    within = tl.arange(0, 128)[None, :]
+    blocks = columns // BLOCK
+    within = tl.arange(0, BLOCK)[None, :]
     for first in range(0, blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         inside = block < blocks
-        column = block[:, None] * 128 + within
+        column = block[:, None] * BLOCK + within
         if PERMUTED:
             column = tl.load(perm + column, mask=inside[:, None], other=0)
         slope = tl.load(gradient + row * columns + column, mask=inside[:, None], other=0.0)
         slope = slope.to(tl.float32)
         place = row * blocks + block
-        digit = _digit(digits, place[:, None], within, inside[:, None])
+        digit = _digit(digits, place[:, None], within, inside[:, None], BLOCK)
         tl.store(of_alpha + place, tl.sum(slope * digit, axis=1), mask=inside)
         tl.store(of_mu + place, tl.sum(slope, axis=1), mask=inside)
 
 
-@triton.jit
-def _digit(digits, block, within, inside):  # type: ignore[no-untyped-def]
-    """-1, 0 or 1, float32: that of a block's column; a byte has those of four, 32 apart."""
-    byte = tl.load(digits + block * 32 + within % 32, mask=inside, other=1).to(tl.int32)
-    return ((byte >> 2 * (within // 32)) & 3).to(tl.float32) - 1.0
+@triton.jit  # type: ignore[untyped-decorator]
+def _digit(digits, block, within, inside, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-1, 0 or 1, float32: that of a block's column, as `pack_digits` packs it."""
+    quarter: tl.constexpr = BLOCK // 4
+    byte = tl.load(digits + block * quarter + within % quarter, mask=inside, other=1).to(tl.int32)
+    return ((byte >> 2 * (within // quarter)) & 3).to(tl.float32) - 1.0

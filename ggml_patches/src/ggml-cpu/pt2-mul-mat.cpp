@@ -6,6 +6,7 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "pt2-graph.h"
 #include "pt2-panel.h"
 #include "traits.h"
 
@@ -173,7 +174,7 @@ public:
     static void multiply(const ggml_compute_params * params, ggml_tensor * const * ops, int n) {
         multiplication first(ops[0]);
         char * work = (char *) GGML_PAD((uintptr_t) params->wdata, ALIGNMENT);
-        first.use_sorted(work + plan(first, params->nth).sorting_at);
+        first.use_sorted(work + fitting_plan(first, params).sorting_at);
         if (params->ith == 0) {
             ggml_threadpool_chunk_set(params->threadpool, params->nth);
             first.sort();
@@ -188,8 +189,7 @@ public:
         int64_t chunks_before = 0;
         for (int i = 0; i < n; ++i) {
             multiplication product(ops[i]);
-            const plan cut(product, params->nth);
-            GGML_ASSERT(cut.size <= params->wsize);
+            const plan cut = fitting_plan(product, params);
             product.use_sorted(work + cut.sorting_at);
             void * scratch = work + cut.scratch_at + params->ith * cut.scratch_size;
             const int64_t end = chunks_before + product.matrices * cut.chunks;
@@ -202,6 +202,12 @@ public:
     }
 
 private:
+    static plan fitting_plan(const multiplication & product, const ggml_compute_params * params) {
+        const plan cut(product, params->nth);
+        GGML_ASSERT(cut.size <= params->wsize);
+        return cut;
+    }
+
     // Calls function(first, n) for each strip of the matrix's columns.
     template <typename F> static void each_strip(const multiplication & product, int64_t matrix, const F & function) {
         const int64_t begin = product.first_column(matrix);
@@ -288,21 +294,10 @@ private:
 
 // Products of the same activations -----------------------------------------------------------------
 
-bool is_product(const ggml_tensor * node) {
-    return node->op == GGML_OP_MUL_MAT && ggml_pt2_is_ternary(node->src[0]->type) &&
-           (node->flags & GGML_TENSOR_FLAG_COMPUTE);
-}
-
-// Whether the activations are cut into the same tiles.
+// Whether a's activations, cut into tiles, are b's.
 bool belong_together(const ggml_tensor * a, const ggml_tensor * b) {
-    return is_product(b) && a->src[1] == b->src[1] && ggml_mul_mat_get_perm(a) == ggml_mul_mat_get_perm(b) &&
-           a->src[0]->ne[2] == b->src[0]->ne[2] && a->src[0]->ne[3] == b->src[0]->ne[3];
-}
-
-bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * a_data = (const char *) a->data;
-    const char * b_data = (const char *) b->data;
-    return a_data < b_data + ggml_nbytes(b) && b_data < a_data + ggml_nbytes(a);
+    return pt2_is_product(b) && pt2_same_activations(a, b) && a->src[0]->ne[2] == b->src[0]->ne[2] &&
+           a->src[0]->ne[3] == b->src[0]->ne[3];
 }
 
 // Buffers of panels --------------------------------------------------------------------------------
@@ -402,7 +397,7 @@ ggml_backend_buffer_type_t ggml_backend_cpu_pt2_buffer_type(void) {
 
 int ggml_pt2_mul_mat_group(const ggml_compute_params * params, const ggml_cgraph * cgraph, int first) {
     ggml_tensor * ops[GROUP] = { cgraph->nodes[first] };
-    if (!is_product(ops[0])) {
+    if (!pt2_is_product(ops[0])) {
         return 0;
     }
     int n = 1;
@@ -412,7 +407,7 @@ int ggml_pt2_mul_mat_group(const ggml_compute_params * params, const ggml_cgraph
         if (ggml_op_is_empty(node->op)) {
             continue;
         }
-        const auto in_the_way = [node](const ggml_tensor * other) { return overlap(node, other); };
+        const auto in_the_way = [node](const ggml_tensor * other) { return pt2_overlap(node, other); };
         if (!belong_together(ops[0], node) || std::any_of(ops, ops + n, in_the_way)) {
             break;
         }

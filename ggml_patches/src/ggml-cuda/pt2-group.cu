@@ -3,6 +3,7 @@
 // computed at once. Results may lie where the activations were: these are quantized before anything is written.
 #include "ggml-impl.h"
 #include "mmvq.cuh"
+#include "pt2-graph.h"
 #include "pt2-group.cuh"
 #include "pt2-hopper.cuh"
 
@@ -17,8 +18,7 @@ static bool is_weight(const ggml_tensor * t) {
 }
 
 static bool is_product(const ggml_tensor * node) {
-    if (node->op != GGML_OP_MUL_MAT || !pt2_is_ternary(node->src[0]->type) ||
-        !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+    if (!pt2_is_product(node)) {
         return false;
     }
     const ggml_tensor * perm = ggml_mul_mat_get_perm(node);
@@ -27,9 +27,8 @@ static bool is_product(const ggml_tensor * node) {
 }
 
 static bool belong_together(const ggml_tensor * a, const ggml_tensor * b) {
-    return is_product(b) && a->src[1] == b->src[1] && a->src[0]->type == b->src[0]->type &&
-           a->src[0]->nb[1] == b->src[0]->nb[1] && a->src[0]->buffer == b->src[0]->buffer &&
-           ggml_mul_mat_get_perm(a) == ggml_mul_mat_get_perm(b);
+    return is_product(b) && pt2_same_activations(a, b) && a->src[0]->type == b->src[0]->type &&
+           a->src[0]->nb[1] == b->src[0]->nb[1] && a->src[0]->buffer == b->src[0]->buffer;
 }
 
 // For one column upstream computes a product together with the bias, the residual or the GLU behind it.
@@ -64,12 +63,6 @@ void ggml_cuda_pt2_order_products(ggml_cgraph * cgraph) {
     }
 }
 
-static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * a_data = (const char *) a->data;
-    const char * b_data = (const char *) b->data;
-    return a_data < b_data + ggml_nbytes(b) && b_data < a_data + ggml_nbytes(a);
-}
-
 // The norm whose result nodes i and i + 1 compute.
 static bool is_norm(const ggml_cgraph * cgraph, const int i, pt2_norm & norm) {
     if (!ggml_can_fuse(cgraph, i, { GGML_OP_RMS_NORM, GGML_OP_MUL })) {
@@ -91,7 +84,7 @@ static int find_products(const ggml_cgraph * cgraph, const int i, ggml_tensor * 
     int n = 0;
     while (n < PT2_GROUP && i + n < cgraph->n_nodes) {
         ggml_tensor * node = cgraph->nodes[i + n];
-        const auto in_the_way = [node](const ggml_tensor * other) { return overlap(node, other); };
+        const auto in_the_way = [node](const ggml_tensor * other) { return pt2_overlap(node, other); };
         if (!is_product(node) || !belong_together(cgraph->nodes[i], node) || fuses_with_next(cgraph, i + n) ||
             std::any_of(products, products + n, in_the_way)) {
             break;
