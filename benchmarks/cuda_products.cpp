@@ -1,8 +1,8 @@
 // Times, bandwidth and operations of single products of matrices on a GPU, ternary types beside llama.cpp's own. There
 // are so many copies of the weights that they do not fit into the L2; one graph computes all products, and the median
 // of its times counts, quantizing the activations included. Neighbours have different activations, as products of the
-// same would be computed together. Arguments: numbers of columns, all by default. With BUILD the build directory of a
-// CUDA build:
+// same would be computed together; those that models compute together, q, k and v, gate and up, come last. Arguments:
+// numbers of columns, all by default. With BUILD the build directory of a CUDA build:
 //     c++ -O2 -std=c++17 cuda_products.cpp -I../ggml_patches/src/ggml -IBUILD/llama.cpp/ggml/include
 //         -I$CUDA/include -LBUILD/bin -Wl,-rpath,BUILD/bin -lggml -lggml-base -lggml-cuda -L$CUDA/lib64 -lcudart
 #include "ggml-alloc.h"
@@ -47,7 +47,9 @@ static double copy_gbs() {
     return 2.0 * n / t[t.size() / 2] / 1e9;
 }
 
-static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t k, int64_t n, bool perm, bool glu) {
+// Of one product, or of gate, up and their GLU; `together` neighbours have the same activations.
+static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t k, int64_t n, bool perm, bool glu,
+                      int together = 1) {
     const size_t bytes = ggml_row_size(type, k) * m * (glu ? 2 : 1);
     const size_t total = std::max<size_t>(n > 8 ? 200ull << 20 : 500ull << 20, 2 * bytes);
     const int copies = std::max<int>(n > 8 ? 4 : 16, std::min<size_t>((total + bytes - 1) / bytes, 100));
@@ -69,7 +71,7 @@ static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t
     ggml_tensor * last = nullptr;
     for (int i = 0; i < copies; ++i) {
         const auto mul = [&](ggml_tensor * weight, ggml_tensor * order) {
-            ggml_tensor * out = ggml_mul_mat(cx, weight, x[i % 2]);
+            ggml_tensor * out = ggml_mul_mat(cx, weight, x[i / together % 2]);
             if (perm) {
                 ggml_mul_mat_set_perm(out, order);
             }
@@ -160,6 +162,18 @@ int main(int argc, char ** argv) {
                 printf("\n");
                 fflush(stdout);
             }
+        }
+    }
+    for (const int64_t m : { 4096, 5120, 8192 }) {
+        for (const ggml_type type : { GGML_TYPE_TQ2_1, GGML_TYPE_TQ1_1, GGML_TYPE_Q2_K }) {
+            const double us = 3 * time_us(backend, type, m, m, 1, false, false, 3);
+            const double bytes = 3.0 * (double) ggml_row_size(type, m) * (double) m;
+            printf("q, k and v     %5d x %5d  %-8s %9.2f us  %7.0f GB/s  %5.1f%% of copy", (int) m, (int) m,
+                   ggml_type_name(type), us, bytes / us * 1e-3, 100 * bytes / us * 1e-3 / copy);
+            if (ggml_pt2_is_ternary(type)) {
+                printf("  with perm %9.2f us", 3 * time_us(backend, type, m, m, 1, true, false, 3));
+            }
+            printf("\n");
         }
     }
     for (const shape & s : { shape{ 11008, 4096 }, { 22016, 8192 } }) {
