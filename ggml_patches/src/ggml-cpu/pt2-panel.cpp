@@ -61,27 +61,12 @@ template <int n> constexpr int vectors_for() {
     return n == 1 ? panel : std::clamp(SUMS / n, 1, panel);
 }
 
-// AMD's family 26, which may come to have others.
-bool is_zen5() {
-#if defined(__GNUC__) && defined(__x86_64__)
-    unsigned eax, ebx, ecx, edx;
-    const bool amd = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx;
-    return amd && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (eax >> 8 & 15) + (eax >> 20 & 255) == 26;
-#else
-    return false;
-#endif
-}
-
-// Few lines at a time can be on their way to the first-level cache: on Zen 4 asking for them there cost a quarter of
-// the tokens. On Zen 5 it gives a sixth more.
-const bool PREFETCH_INTO_L1 = is_zen5();
-
 constexpr int PASSES = PLANES / HALVES_AT_ONCE; // through a block
 
-// Lines of the block that far ahead, a share for each pass.
-template <cache level> inline void prefetch_ahead(const block_panel * panel, int pass) {
+// Asks for lines of the block that comes so many blocks later, a share for each pass.
+template <cache level, int ahead> inline void prefetch_ahead(const block_panel * panel, int pass) {
     constexpr size_t SHARE = (sizeof(*panel) / LINE + PASSES - 1) / PASSES * LINE;
-    prefetch<level>(panel + PREFETCH_BLOCKS, pass * SHARE, std::min((pass + 1) * SHARE, sizeof(*panel)));
+    prefetch<level>(panel + ahead, pass * SHARE, std::min((pass + 1) * SHARE, sizeof(*panel)));
 }
 
 // Adds to products[h][v][i] one of the two planes in half h of the bytes, h = first_half, ...: the digits of the rows
@@ -154,13 +139,13 @@ ALWAYS_INLINE void add_planes(const block_panel * panel, int first_row, int half
 #endif
 
 // products[h][v][i] = the digits of all planes in half h of the block.
-template <cache level, int vectors, int n>
+template <cache level, int ahead, int vectors, int n>
 ALWAYS_INLINE void multiply_block(const block_panel * panel, int first_row, const tile_block<n> * tile,
                                   sums (&products)[HALVES][vectors][n]) {
     UNROLL for (int h = 0; h < HALVES; h += HALVES_AT_ONCE) {
         UNROLL for (int plane = 0; plane < 2; ++plane) {
             FORGET(panel);
-            prefetch_ahead<level>(panel, h / HALVES_AT_ONCE * 2 + plane);
+            prefetch_ahead<level, ahead>(panel, h / HALVES_AT_ONCE * 2 + plane);
             UNROLL for (int at_once = h; at_once < h + HALVES_AT_ONCE; ++at_once) {
                 UNROLL for (int v = 0; v < vectors; ++v) {
                     UNROLL for (int i = 0; i < n; ++i) {
@@ -175,7 +160,7 @@ ALWAYS_INLINE void multiply_block(const block_panel * panel, int first_row, cons
 }
 
 // result[v][i] = the rows first_row + v * LANES, ... of the panel times column i.
-template <cache level, int vectors, int n>
+template <cache level, int ahead, int vectors, int n>
 void dot_vectors(const block_panel * panel, int first_row, const tile_block<n> * tile, int64_t blocks,
                  floats (&result)[vectors][n]) {
     floats total[vectors][n];
@@ -186,7 +171,7 @@ void dot_vectors(const block_panel * panel, int first_row, const tile_block<n> *
     }
     for (int64_t b = 0; b < blocks; ++b, ++panel, ++tile) {
         sums products[HALVES][vectors][n];
-        multiply_block<level>(panel, first_row, tile, products);
+        multiply_block<level, ahead>(panel, first_row, tile, products);
         UNROLL for (int v = 0; v < vectors; ++v) {
             const int row = first_row + v * LANES;
             const floats alpha = from_half(panel->alpha + row);
@@ -206,16 +191,16 @@ void dot_vectors(const block_panel * panel, int first_row, const tile_block<n> *
 }
 
 // The panel's first `rows` rows.
-template <cache level, int n>
+template <cache level, int ahead, int n>
 void dot_panel(const block_panel * panel, const tile_block<n> * tile, int64_t blocks, int rows, float * const * out) {
     constexpr int vectors = vectors_for<n>();
     static_assert(PT2_PANEL_ROWS % (vectors * LANES) == 0, "a panel takes whole rounds");
     for (int first_row = 0; first_row < rows; first_row += vectors * LANES) {
         floats result[vectors][n];
         if constexpr (vectors * LANES == PT2_PANEL_ROWS) { // a constant spares the addresses' arithmetic
-            dot_vectors<level>(panel, 0, tile, blocks, result);
+            dot_vectors<level, ahead>(panel, 0, tile, blocks, result);
         } else {
-            dot_vectors<level>(panel, first_row, tile, blocks, result);
+            dot_vectors<level, ahead>(panel, first_row, tile, blocks, result);
         }
         const int left = rows - first_row;
         for (int i = 0; i < n; ++i) {
@@ -228,6 +213,31 @@ void dot_panel(const block_panel * panel, const tile_block<n> * tile, int64_t bl
                 std::copy_n(values, left, out[i] + first_row);
             }
         }
+    }
+}
+
+// The family of AMD's processor, 0 of others.
+unsigned amd_family() {
+#if defined(__GNUC__) && defined(__x86_64__)
+    unsigned eax, ebx, ecx, edx;
+    const bool amd = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx;
+    return amd && __get_cpuid(1, &eax, &ebx, &ecx, &edx) ? (eax >> 8 & 15) + (eax >> 20 & 255) : 0;
+#else
+    return 0;
+#endif
+}
+
+const unsigned AMD_FAMILY = amd_family();
+
+// With the prefetches that gave most tokens (docs/speed.md).
+template <int n> auto dot_panel_here() {
+    switch (AMD_FAMILY) {
+    case 0x19:
+        return dot_panel<L1, PREFETCH_BLOCKS / 2, n>; // Zen 4, and Zen 3, where nobody compared
+    case 0x1A:
+        return dot_panel<L1, PREFETCH_BLOCKS, n>; // Zen 5
+    default:
+        return dot_panel<L2, PREFETCH_BLOCKS, n>;
     }
 }
 
@@ -383,7 +393,7 @@ void pt2_panels_dot(const block_panel * panels, int64_t rows, const void * tiles
         const int first = pt2_tile_begin(columns, t);
         const void * tile = (const char *) tiles + pt2_tile_size(first, blocks);
         with_columns<TILE_COLUMNS>(pt2_tile_begin(columns, t + 1) - first, [&](auto n) {
-            const auto multiply_panel = PREFETCH_INTO_L1 ? dot_panel<L1, n> : dot_panel<L2, n>;
+            const auto multiply_panel = dot_panel_here<n>();
             for (int64_t row = 0; row < rows; row += PT2_PANEL_ROWS) {
                 float * places[n];
                 for (int i = 0; i < n; ++i) {
