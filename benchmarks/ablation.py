@@ -6,11 +6,7 @@ Ternarizes MODEL once for each row and seed, and measures perplexity in transfor
 dequantized weights, as papers do: over all positions of the first 200 windows of 512 tokens of each
 text. The web text serves twice: its first half to calibrate on, its second half to test on. What
 was measured is kept in benchmarks/results/ablation-MODEL.json, so that an interrupted run goes on;
-benchmarks/tables.py and plots.py show tiny-4m's.
-
-The figures for llama-30m in docs/quality.md come from another program with the same rows
-(results/paper-tables-h100.log): it scored the second half of each window, as llama-perplexity does,
-which gives lower perplexities, and all of heldout-web.
+benchmarks/tables.py and plots.py show it.
 """
 
 from __future__ import annotations
@@ -25,10 +21,9 @@ from typing import Any
 from common import RESULTS, SHARED, git_commit
 
 from pt2gguf.convert.calibration import load_calibration, load_tokenizer, tokenize
-from pt2gguf.convert.machine import usable_device
+from pt2gguf.convert.machine import describe_device, usable_device
 from pt2gguf.convert.run import ternarize_checkpoint
 from pt2gguf.evaluation.perplexity import perplexity
-from pt2gguf.evaluation.report import processor
 from pt2gguf.model import Checkpoint, load_model
 from pt2gguf.ternary import METHODS
 
@@ -87,7 +82,7 @@ def main() -> None:
                         "name": entry.name,
                         "seed": seed,
                         "perplexity": figures,
-                        "machine": processor() if options.device == "cpu" else options.device,
+                        "machine": describe_device(usable_device(options.device)),
                         "commit": git_commit(),
                     }
                 )

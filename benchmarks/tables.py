@@ -26,6 +26,8 @@ def main() -> None:
     replace(QUALITY, "tiny-4m", quality_table(load("quality-tiny-4m")))
     replace(QUALITY, "qwen3", quality_table(load("quality-qwen3-distilled")))
     replace(QUALITY, "table1", table1(load("table1-tiny-4m")))
+    for part, rows in PAPERS_TABLE2.items():
+        replace(QUALITY, f"table2{part}", table2_beside_papers(load("ablation-llama-30m"), rows))
     replace(QUALITY, "table2-tiny-4m", table2(load("ablation-tiny-4m")))
     replace(QUALITY, "table3", table3())
     replace(README, "speed", cpu_table(load("cpu")))
@@ -107,17 +109,80 @@ def table1(record: dict) -> str:
     )
 
 
+# The parts of the paper's Table 2: our row, what it is called there, and the perplexities that the
+# paper has of LLaMA-2-7B on WikiText-2 and C4, then of LLaMA-3-8B.
+WHOLE = "paper: ITF + AGA, SSR, 128 samples, WikiText-2"
+PAPERS_WHOLE = (11.56, 24.38, 32.19, 129.83)
+PAPERS_TABLE2: dict[str, tuple[tuple[str, str, tuple[float, ...]], ...]] = {
+    "a": (
+        ("2a: initial grid", "initial grid", (22.88, 222.17, 247.75, 1227.94)),
+        ("2a: ITF", "ITF", (15.47, 34.17, 83.76, 1039.80)),
+        ("2a: AGA", "AGA", (12.25, 26.17, 47.83, 520.14)),
+        (WHOLE, "ITF + AGA", PAPERS_WHOLE),
+    ),
+    "b": (
+        ("2b: no reordering", "none", (13.06, 27.66, 112.83, 599.19)),
+        ("2b: random order", "random", (12.84, 28.24, 113.42, 466.07)),
+        ("2b: Hessian order", "Hessian", (12.35, 25.44, 35.86, 131.33)),
+        (WHOLE, "SSR", PAPERS_WHOLE),
+    ),
+    "c": (
+        ("2c: 32 samples", "32", ()),
+        ("2c: 64 samples", "64", (11.92, 25.27, 38.90, 252.19)),
+        (WHOLE, "128", PAPERS_WHOLE),
+        ("2c: 256 samples", "256", (11.35, 23.52, 32.25, 167.48)),
+    ),
+    "d": (
+        (WHOLE, "WikiText-2", PAPERS_WHOLE),
+        ("2d: web", "web (the paper: C4)", (18.94, 20.15, 168.81, 72.00)),
+        ("2d: PTB", "Penn Treebank", (27.52, 35.15, 428.97, 579.57)),
+        ("2d: all three", "a third of each", ()),
+    ),
+}
+
+
 def table2(results: list[dict]) -> str:
     """Perplexities of benchmarks/ablation.py: geometric means over the seeds."""
-    texts = list(results[0]["perplexity"])
-    seeds = {result["seed"] for result in results}
-    rows = []
-    for name in dict.fromkeys(result["name"] for result in results):
-        of_row = [r["perplexity"] for r in results if r["name"] == name]
-        means = [statistics.geometric_mean(p[text] for p in of_row) for text in texts]
-        rows.append((name, *(f"{mean:.1f}" for mean in means)))
-    plural = "s" * (len(seeds) > 1)
-    return table((f"{len(seeds)} seed{plural}", *texts), rows)
+    names = dict.fromkeys(result["name"] for result in results)
+    return table(
+        (seeds_of(results), *texts_of(results)),
+        [(name, *means_over_seeds(results, name)) for name in names],
+    )
+
+
+def table2_beside_papers(
+    results: list[dict], rows: Iterable[tuple[str, str, tuple[float, ...]]]
+) -> str:
+    """One part of the paper's Table 2, and its own perplexities."""
+    theirs = ("LLaMA-2-7B Wiki2 / C4", "LLaMA-3-8B Wiki2 / C4")
+    return table(
+        (seeds_of(results), *texts_of(results), *(f"paper: {model}" for model in theirs)),
+        [
+            (
+                name,
+                *means_over_seeds(results, ours),
+                *(" / ".join(f"{p:.2f}" for p in papers[i : i + 2]) for i in (0, 2)),
+            )
+            for ours, name, papers in rows
+        ],
+    )
+
+
+def texts_of(results: list[dict]) -> list[str]:
+    return list(results[0]["perplexity"])
+
+
+def seeds_of(results: list[dict]) -> str:
+    seeds = len({result["seed"] for result in results})
+    return f"{seeds} seed{'s' * (seeds > 1)}"
+
+
+def means_over_seeds(results: list[dict], name: str) -> list[str]:
+    of_row = [result["perplexity"] for result in results if result["name"] == name]
+    return [
+        f"{statistics.geometric_mean(perplexity[text] for perplexity in of_row):.1f}"
+        for text in texts_of(results)
+    ]
 
 
 def table3_sizes() -> list[tuple[str, int, int, str]]:
