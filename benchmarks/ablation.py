@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RESULTS, SHARED, git_commit
+from torch import Tensor
 
 from pt2gguf.convert.calibration import load_calibration, load_tokenizer, tokenize
 from pt2gguf.convert.machine import describe_device, usable_device
@@ -42,6 +44,7 @@ class Entry:
     texts: tuple[str, ...] = (WIKITEXT,)
 
 
+FULL_PRECISION = Entry("F16")
 ENTRIES = (
     Entry("2a: initial grid", {"itf": False, "aga": False}),
     Entry("2a: ITF", {"aga": False}),
@@ -68,25 +71,29 @@ def main() -> None:
     path = RESULTS / f"ablation-{options.model.name}.json"
     found = json.loads(path.read_text()) if path.exists() else []
     done = {(result["name"], result["seed"]) for result in found}
+    device = usable_device(options.device)
     with tempfile.TemporaryDirectory() as directory:
         texts = split_texts(Path(directory))
-        for seed in options.seeds:
-            for entry in ENTRIES:
-                if (entry.name, seed) in done:
-                    continue
+        seeded = [(entry, seed) for seed in options.seeds for entry in ENTRIES]
+        for entry, seed in [(FULL_PRECISION, None), *seeded]:
+            if (entry.name, seed) in done:
+                continue
+            weights = {}
+            if seed is not None:
                 work = Path(directory) / "work"
-                figures = measure(entry, seed, options.model, texts, work, options.device)
-                print(entry.name, seed, figures, flush=True)
-                found.append(
-                    {
-                        "name": entry.name,
-                        "seed": seed,
-                        "perplexity": figures,
-                        "machine": describe_device(usable_device(options.device)),
-                        "commit": git_commit(),
-                    }
-                )
-                path.write_text(json.dumps(found, indent=1) + "\n")
+                weights = ternarize(entry, seed, options.model, texts, work, options.device)
+            figures = perplexities(options.model, weights, texts, device)
+            print(entry.name, seed, figures, flush=True)
+            found.append(
+                {
+                    "name": entry.name,
+                    "seed": seed,
+                    "perplexity": figures,
+                    "machine": describe_device(device),
+                    "commit": git_commit(),
+                }
+            )
+            path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def split_texts(directory: Path) -> dict[str, Path]:
@@ -99,9 +106,10 @@ def split_texts(directory: Path) -> dict[str, Path]:
     return texts
 
 
-def measure(
+def ternarize(
     entry: Entry, seed: int, model: Path, texts: dict[str, Path], work: Path, device: str
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
+    """The dequantized weights."""
     calibration = load_calibration(
         [str(texts[name]) for name in entry.texts],
         model,
@@ -109,20 +117,23 @@ def measure(
         length=LENGTH,
         seed=seed,
     )
-    checkpoint = Checkpoint(model)
     method = replace(METHODS["paper"], **entry.switches)
-    with ternarize_checkpoint(checkpoint, method, calibration, work, device=device) as done:
+    with ternarize_checkpoint(Checkpoint(model), method, calibration, work, device=device) as done:
         layers = range(done.settings.layers)
         weights = {n: w for index in layers for n, w in done.final_weights(index).items()}
         done.remove()
-    dense = {name: weight.dequantize() for name, weight in weights.items()}
-    quantized = load_model(checkpoint, dense, usable_device(device))
-    tokenizer = load_tokenizer(model)
+    return {name: weight.dequantize() for name, weight in weights.items()}
+
+
+def perplexities(
+    path: Path, weights: dict[str, Tensor], texts: dict[str, Path], device: torch.device
+) -> dict[str, float]:
+    """Of the checkpoint with these weights in place of its own."""
+    model = load_model(Checkpoint(path), weights, device)
+    tokenizer = load_tokenizer(path)
     return {
         name: perplexity(
-            quantized,
-            tokenize(tokenizer, texts[name].read_text())[: WINDOWS * LENGTH],
-            LENGTH,
+            model, tokenize(tokenizer, texts[name].read_text())[: WINDOWS * LENGTH], LENGTH
         )
         for name in TESTS
     }

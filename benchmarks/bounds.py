@@ -38,6 +38,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -75,19 +76,21 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     options = parser.parse_args()
     name = options.model.name
+    gaussian = gaussian_figures()
+    fitted = gaussian["fitted to 128 weights"]
+    with WorkDirectory.open_existing(options.work) as work, torch.no_grad():
+        matrices = {}
+        for matrix, figures in layer_figures(options.model, work, options.calibration, fitted):
+            matrices[matrix] = figures
+            print(matrix, figures, flush=True)
     record = {
         "command": f"benchmarks/bounds.py {name} --work DIR --calibration "
         f"{options.calibration.name}",
         "machine": processor(),
         "commit": git_commit(),
-        "gaussian": gaussian_figures(),
-        "matrices": {},
+        "gaussian": gaussian,
+        "matrices": matrices,
     }
-    with WorkDirectory.open_existing(options.work) as work, torch.no_grad():
-        fitted = record["gaussian"]["fitted to 128 weights"]
-        for matrix, figures in layer_figures(options.model, work, options.calibration, fitted):
-            record["matrices"][matrix] = figures
-            print(matrix, figures, flush=True)
     results = REPOSITORY / "benchmarks" / "results" / f"bounds-{name}.json"
     results.write_text(json.dumps(record, indent=1) + "\n")
     draw(record, REPOSITORY / "benchmarks" / "plots" / "bounds.svg")
@@ -198,7 +201,8 @@ def optimal_errors(W: Tensor) -> Tensor:
 
 def itf_values(W: Tensor) -> Tensor:
     """What ITF alone makes of a block W (n, b)."""
-    alpha, mu, T, _ = iterative_ternary_fitting(W, *initial_grid(W))
+    _, _, T = initial_grid(W)
+    alpha, mu, T, _ = iterative_ternary_fitting(W, T)
     return grid_values(alpha, mu, T)
 
 
@@ -229,9 +233,9 @@ def layer_figures(
             for module, _ in layer.named_modules()
         }
         modules = {names[name]: name for name in done.weights}
-        originals = {n: layer.get_submodule(m).weight.clone() for m, n in modules.items()}
+        originals = {n: layer.get_parameter(f"{m}.weight").clone() for m, n in modules.items()}
         for module, name in modules.items():
-            layer.get_submodule(module).weight.copy_(done.weights[name].dequantize())
+            layer.get_parameter(f"{module}.weight").copy_(done.weights[name].dequantize())
 
         def run(part: Tensor, layer: nn.Module = layer, index: int = index) -> Tensor:
             return calls[len(part)][index](layer, part)
@@ -275,7 +279,7 @@ def input_statistics(
     for stage in groups.stages():
         statistics = {g: InputStatistics(g.columns, CPU, False) for g in stage.groups}
         for part in parts:
-            for group, x in stage_inputs(layer, stage, lambda part=part: run(part)).items():
+            for group, x in stage_inputs(layer, stage, partial(run, part)).items():
                 statistics[group].add(x)
         yield from statistics.items()
 

@@ -106,7 +106,7 @@ def compile_limits(work: Path) -> Path:
 
 def measure(tool: Path, file: Path, tests: tuple[str, ...], threads: int = 1) -> dict[str, float]:
     """Tokens per second by test."""
-    lengths = {"pp": [], "tg": []}
+    lengths: dict[str, list[str]] = {"pp": [], "tg": []}
     for test in tests:
         lengths[test[:2]].append(test[2:])
     command = [tool, "-m", file, "-t", str(threads), "-r", "1", "-o", "json"]

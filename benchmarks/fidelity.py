@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
-from common import REPOSITORY, WORK, git_commit
+from common import REPOSITORY, WORK, git_commit, run
 
 from pt2gguf.blocks import BLOCK_TYPES
 from pt2gguf.cli import main as pt2gguf
@@ -29,7 +28,7 @@ from pt2gguf.model import Checkpoint
 from pt2gguf.native.installation import find_installation
 
 
-def measure(model: Path, file: Path, text: Path, windows: int, length: int):
+def measure(model: Path, file: Path, text: Path, windows: int, length: int) -> dict[str, float]:
     """The lines of llama-perplexity's report, by name: figure of the file against transformers."""
     installation = find_installation()
     llama_cpp = import_llama_cpp(installation)
@@ -42,13 +41,9 @@ def measure(model: Path, file: Path, text: Path, windows: int, length: int):
     with tempfile.TemporaryDirectory() as directory:
         logits = Path(directory) / "logits"
         perplexity = write_logits_file(logits, reference, ids, bos)
-        command = [
-            installation.tool("llama-perplexity"),
-            *["-m", file, "-c", str(length), "-t", "2"],
-            *["--kl-divergence", "--kl-divergence-base", logits],
-        ]
-        output = subprocess.run(command, check=True, capture_output=True, text=True)
-    report = output.stdout + output.stderr
+        tool = installation.tool("llama-perplexity")
+        against = ["--kl-divergence", "--kl-divergence-base", logits]
+        report = run(tool, "-m", file, "-c", length, "-t", 2, *against)
     found = {"PPL(transformers)": perplexity}
     for name in ("Mean PPL(Q)", "Mean KLD", "Same top p"):
         match = re.search(re.escape(name).replace(r"\ ", r"\s+") + r"\s*:\s*([-\d.]+)", report)

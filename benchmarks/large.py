@@ -84,7 +84,7 @@ def write_checkpoint(path: Path, shape: str, layers: int, device: torch.device) 
     norms = ("input_layernorm", "post_attention_layernorm")
     shards = [{"model.embed_tokens": (VOCABULARY, width), "lm_head": (VOCABULARY, width)}]
     shards += [{f"model.layers.{i}.{n}": s for n, s in matrices.items()} for i in range(layers)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         tensors = {
             f"{name}.weight": 0.02 * torch.randn(size, device=device, dtype=torch.float16).cpu()

@@ -229,16 +229,15 @@ unsigned amd_family() {
 
 const unsigned AMD_FAMILY = amd_family();
 
-// With the prefetches that gave most tokens (docs/speed.md).
+// With the prefetches that gave the most tokens (docs/speed.md).
 template <int n> auto dot_panel_here() {
-    switch (AMD_FAMILY) {
-    case 0x19:
-        return dot_panel<L1, PREFETCH_BLOCKS / 2, n>; // Zen 4, and Zen 3, where nobody compared
-    case 0x1A:
-        return dot_panel<L1, PREFETCH_BLOCKS, n>; // Zen 5
-    default:
-        return dot_panel<L2, PREFETCH_BLOCKS, n>;
+    if (AMD_FAMILY == 0x1A) { // Zen 5
+        return dot_panel<L1, PREFETCH_BLOCKS, n>;
     }
+    if (AMD_FAMILY == 0x19 && LANES == 16) { // Zen 4 by AVX-512
+        return dot_panel<L1, PREFETCH_BLOCKS / 2, n>;
+    }
+    return dot_panel<L2, PREFETCH_BLOCKS, n>;
 }
 
 // Activations ----------------------------------------------------------------------------------------
