@@ -309,7 +309,7 @@ class Limits:
         self._feedback = fitted * feedback_costs(H, weight.perm).sum().item()
         self._determinant = fitted * columns * self._spectrum.log().mean().exp().item()
 
-    def figures(self, W: Tensor, converted: float, without_gptaq: float) -> dict:
+    def figures(self, W: Tensor, converted: float, own_outputs: float) -> dict:
         """The figures of W (n, m); all errors are shares of tr(W H W^T)."""
         blocks = W.unflatten(1, (-1, BLOCK_SIZE))
         centred = blocks - blocks.mean(2, keepdim=True)
@@ -323,12 +323,12 @@ class Limits:
             "ITF, weights alone": ((W - itf).square().sum() / centred.square().sum()).item(),
             "ITF": energy(W - itf, self._H) / energy(W, self._H),
             "converted": converted,
-            "without GPTAQ": without_gptaq,
+            "own outputs": own_outputs,
             "Gaussian weights": self._ours * share,
             "ternary, ideal feedback": self._feedback * share,
             "ternary, determinant": self._determinant * share,
             "bound": {f"{rate:.3f}": reverse_water_filling(spectrum, rate) for rate in RATES},
-            "equivalent bits": equivalent_rate(spectrum, without_gptaq),
+            "equivalent bits": equivalent_rate(spectrum, own_outputs),
             "equivalent bits, converted": equivalent_rate(spectrum, converted),
         }
 
@@ -398,8 +398,8 @@ def draw(record: dict, output: Path) -> None:
             ("ITF", "ITF alone", {"color": VERMILION, "marker": "^", "linestyle": ":"}),
             ("converted", "default", {"color": BLUE, "marker": "o"}),
             (
-                "without GPTAQ",
-                "default without GPTAQ's term",
+                "own outputs",
+                "default for the matrix's own outputs",
                 {"color": BLUE, "marker": "o", "linestyle": "--", "markerfacecolor": "white"},
             ),
             (

@@ -373,7 +373,7 @@ def bounds_table(bounds: dict) -> str:
         ("ITF, weights", ".3f", ("ITF, weights alone",)),
         ("ITF", ".4f", ("ITF",)),
         ("converted", ".4f", ("converted",)),
-        ("without GPTAQ", ".4f", ("without GPTAQ",)),
+        ("own outputs", ".4f", ("own outputs",)),
         ("Gaussian weights", ".4f", ("Gaussian weights",)),
         ("ideal feedback", ".4f", ("ternary, ideal feedback",)),
         ("bound 1.585", ".4f", ("bound", "1.585")),
@@ -413,8 +413,11 @@ def losses_table(bounds: dict) -> str:
             *bits("ternary, ideal feedback", "ternary, determinant"),
         ),
         ("rounding that is not ideal", *bits("Gaussian weights", "ternary, ideal feedback")),
-        ("weights that are not random given H", *bits("without GPTAQ", "Gaussian weights")),
-        ("GPTAQ's term, which buys perplexity", *bits("converted", "without GPTAQ")),
+        ("weights that are not random given H", *bits("own outputs", "Gaussian weights")),
+        (
+            "GPTAQ's term and the rows' feedback, which buy perplexity",
+            *bits("converted", "own outputs"),
+        ),
     ]
     return table(("lost", "bits", "least", "most"), rows)
 
