@@ -79,8 +79,8 @@ template <cache level> inline void prefetch(const void * data, size_t begin, siz
 #endif
 }
 
-// Weights come from memory once for each token that is decoded. What processors prefetch by themselves gives half to
-// two thirds of the bandwidth that this distance gives; it leads into the next panel where there is one.
+// Weights come from memory once for each token that is decoded, and are asked for so many blocks ahead, which leads
+// into the next panel where there is one. Left to themselves most processors reach half to two thirds of the bandwidth.
 constexpr int PREFETCH_BLOCKS = 8;
 
 inline int32_t four_bytes(const int8_t * q) {
