@@ -2,8 +2,8 @@
 
     python benchmarks/bounds.py MODEL --work DIR --calibration TEXT
 
-DIR is what `pt2gguf convert MODEL --calibration TEXT --work DIR --keep-work` left. Writes
-benchmarks/results/bounds-MODEL.json and benchmarks/plots/bounds.svg.
+DIR is what `pt2gguf convert MODEL --calibration TEXT --written 0 --no-tuning --work DIR
+--keep-work` left. Writes benchmarks/results/bounds-MODEL.json and benchmarks/plots/bounds.svg.
 
 A single weight. For a Gaussian source of variance s^2 no code of R bits per sample, however long
 its blocks, has a mean squared error below D(R) = s^2 2^(-2R) (Cover and Thomas, Elements of
