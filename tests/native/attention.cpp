@@ -38,7 +38,7 @@ static float uniform(float low, float high) {
 }
 
 // How a mask hides keys from queries.
-enum masking { NONE, CAUSAL, RANDOM, SOME_ROWS };
+enum masking { NONE, CAUSAL, RANDOM, SOME_ROWS, UNUSED };
 
 struct shape {
     int key_length;
@@ -123,6 +123,8 @@ static float masked(const shape & s, int64_t key, int64_t query) {
         return uniform(0, 1) < 0.3f ? -INFINITE : uniform(-2, 0);
     case SOME_ROWS: // some queries see nothing
         return query % 3 == 0 || key < 70 ? -INFINITE : 0;
+    case UNUSED: // the last keys, as of a cache that is not full
+        return key < (s.keys + 2) / 3 ? 0 : -INFINITE;
     default:
         return 0;
     }
@@ -242,7 +244,7 @@ int main() {
         return 0;
     }
     std::vector<shape> shapes;
-    for (const masking hides : { NONE, CAUSAL, RANDOM, SOME_ROWS }) {
+    for (const masking hides : { NONE, CAUSAL, RANDOM, SOME_ROWS, UNUSED }) {
         shapes.push_back({ 64, 64, 64, 64, 2, 1, hides });
         shapes.push_back({ 64, 64, 130, 199, 4, 2, hides });
         shapes.push_back({ 128, 80, 75, 113, 3, 3, hides, GGML_TYPE_F32 });

@@ -156,24 +156,30 @@ void widen(float * to, const matrix & m, int rows, const matrix & next) {
     }
 }
 
-enum class view { NOTHING, SOME, ALL };
+// What the mask leaves to see of some keys: the first few, and all of them for all rows if it is plain.
+struct view {
+    int keys;
+    bool plain;
+};
 
-// What the mask leaves to see of some keys.
 view seen(const tile & t, int first, int keys) {
     constexpr uint16_t HIDDEN = 0xfc00; // minus infinity
-    uint16_t not_hidden = 0;
-    uint16_t not_zero = 0;
+    uint16_t not_hidden[KEYS] = {};
+    uint16_t not_zero[KEYS] = {};
     for (int r = 0; r < t.rows; ++r) {
         if (r > 0 && t.mask[r] == t.mask[r - 1]) {
             continue;
         }
         const uint16_t * row = (const uint16_t *) t.mask[r] + first;
         for (int k = 0; k < keys; ++k) {
-            not_hidden |= row[k] ^ HIDDEN;
-            not_zero |= row[k];
+            not_hidden[k] |= row[k] ^ HIDDEN;
+            not_zero[k] |= row[k];
         }
     }
-    return not_hidden == 0 ? view::NOTHING : not_zero == 0 ? view::ALL : view::SOME;
+    while (keys > 0 && not_hidden[keys - 1] == 0) {
+        --keys;
+    }
+    return { keys, std::all_of(not_zero, not_zero + keys, [](uint16_t bits) { return bits == 0; }) };
 }
 
 // scores[k][r] += slope * mask[r][k]
@@ -328,9 +334,10 @@ private:
         transpose_queries(across, t, cap != 0 ? parameter(0) / cap : parameter(0), key_length);
         memset(results, 0, ROWS * value_length * sizeof(float));
         for (int64_t first = 0; first < k->ne[1]; first += KEYS) {
-            const int count = (int) std::min<int64_t>(KEYS, k->ne[1] - first);
-            const view left = mask ? seen(t, (int) first, count) : view::ALL;
-            if (left == view::NOTHING) {
+            const int all = (int) std::min<int64_t>(KEYS, k->ne[1] - first);
+            const view left = mask ? seen(t, (int) first, all) : view{ all, true };
+            const int count = left.keys;
+            if (count == 0) {
                 continue;
             }
             widen(wide, keys.from(first), count, values.from(first));
@@ -339,7 +346,7 @@ private:
                 ggml_vec_tanh_f32(t.rows, scores + key * ROWS, scores + key * ROWS);
                 ggml_vec_scale_f32(t.rows, scores + key * ROWS, cap);
             }
-            if (left == view::SOME) {
+            if (!left.plain) {
                 add_mask(scores, t, (int) first, count);
             }
             soften(scores, t, count);
