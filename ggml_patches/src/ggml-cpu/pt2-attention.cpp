@@ -303,8 +303,9 @@ private:
 
     void set_row(tile & t, int r, int64_t group, int64_t row) const {
         const int64_t sequence = group / k->ne[2];
-        const int64_t head = group % k->ne[2] * shared_by + row / q->ne[1];
-        const int64_t query = row % q->ne[1];
+        // All heads of a query follow each other, so that the queries of a tile see nearly the same keys.
+        const int64_t head = group % k->ne[2] * shared_by + row % shared_by;
+        const int64_t query = row / shared_by;
         t.query[r] =
             (const float *) ((const char *) q->data + query * q->nb[1] + head * q->nb[2] + sequence * q->nb[3]);
         if (mask) {
