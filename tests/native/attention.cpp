@@ -250,6 +250,8 @@ int main() {
         shapes.push_back({ 128, 80, 75, 113, 3, 3, hides, GGML_TYPE_F32 });
         shapes.push_back({ 16, 32, 9, 1, 1, 1, hides });
         shapes.push_back({ 64, 128, 1, 300, 16, 8, hides });
+        shapes.push_back({ 128, 64, 1, 201, 24, 4, hides });
+        shapes.push_back({ 64, 64, 1, 90, 24, 3, hides, GGML_TYPE_F32 });
         shapes.push_back({ 96, 64, 5, 130, 14, 7, hides });
     }
     const int one_key_has_all = 100;

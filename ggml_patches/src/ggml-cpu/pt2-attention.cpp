@@ -1,6 +1,7 @@
 // See pt2-attention.h. Tiles of rows (queries of the heads that share keys and values) meet tiles of keys: scores =
 // keys * queries^T, whose lanes are rows, so that softmax needs no sums across lanes; results = scores^T * values.
-// Nothing is transposed but the queries and, where it hides some keys and not others, the mask.
+// Nothing is transposed but the queries and, where it hides some keys and not others, the mask. Of so few rows that
+// most lanes would be empty, each is multiplied with each key.
 #include "pt2-attention.h"
 
 #include "common.h"
@@ -24,6 +25,7 @@ constexpr int KEYS = GGML_FA_TILE_KV;
 constexpr int FEWEST_ROWS = 3; // with fewer, most lanes are empty, and llama.cpp's way is as fast
 constexpr int FEW_ROWS = 16;   // as small as tiles become to have some for all threads
 constexpr int WIDE = LANES == 8 ? 2 : 4;
+constexpr int HALF = LANES / 2; // with so many rows or fewer, lanes are elements of keys and queries instead
 
 static_assert(ROWS % (WIDE * LANES) == 0 && FEW_ROWS % LANES == 0 && KEYS % LANES == 0 && KEYS % 8 == 0,
               "tiles are whole registers");
@@ -128,6 +130,15 @@ void transpose_queries(float * to, const tile & t, float scale, int length) {
     }
 }
 
+// to[r][i] = scale * query r[i]; 0 for rows up to HALF.
+void copy_queries(float * to, const tile & t, float scale, int length) {
+    for (int r = 0; r < HALF; ++r) {
+        for (int i = 0; i < length; i += LANES) {
+            store(to + r * length + i, r < t.rows ? multiply(load(t.query[r] + i), broadcast(scale)) : broadcast(0));
+        }
+    }
+}
+
 // Some keys, or their values.
 struct matrix {
     const char * data;
@@ -142,17 +153,65 @@ struct matrix {
     size_t row_size() const {
         return length * (type == GGML_TYPE_F16 ? sizeof(ggml_fp16_t) : sizeof(float));
     }
+
+    // Elements i, ..., i + LANES - 1.
+    floats at(int64_t row, int i) const {
+        const char * from = data + row * stride;
+        return type == GGML_TYPE_F16 ? from_half((const ggml_fp16_t *) from + i) : load((const float *) from + i);
+    }
+
+    // Processors do not prefetch rows that lie apart.
+    void prefetch_row(int64_t row) const {
+        prefetch<L2>(data, row * stride, row * stride + row_size());
+    }
 };
 
-// Rows as floats; asks for as many rows of what is needed next, as processors do not prefetch rows that lie apart.
+// Rows as floats; asks for as many rows of what is needed next.
 void widen(float * to, const matrix & m, int rows, const matrix & next) {
     for (int r = 0; r < rows; ++r) {
-        const char * from = m.data + r * m.stride;
         for (int i = 0; i < m.length; i += LANES) {
-            store(to + r * m.length + i,
-                  m.type == GGML_TYPE_F16 ? from_half((const ggml_fp16_t *) from + i) : load((const float *) from + i));
+            store(to + r * m.length + i, m.at(r, i));
         }
-        prefetch<L2>(next.data, r * next.stride, r * next.stride + next.row_size());
+        next.prefetch_row(r);
+    }
+}
+
+// scores[k][r] = key k * query r, for so many queries; asks for as many rows of what is needed next.
+template <int Q>
+void multiply_few(float * scores, const matrix & keys, const float * queries, int count, const matrix & next) {
+    constexpr int AT_ONCE = LANES / Q; // keys
+    for (int k = 0; k < count; k += AT_ONCE) {
+        floats sum[LANES]; // of key k + j and query r: j * Q + r
+        UNROLL
+        for (int i = 0; i < LANES; ++i) {
+            sum[i] = broadcast(0);
+        }
+        for (int i = 0; i < keys.length; i += LANES) {
+            floats of_key[AT_ONCE];
+            UNROLL
+            for (int j = 0; j < AT_ONCE; ++j) {
+                of_key[j] = keys.at(std::min(k + j, count - 1), i);
+            }
+            UNROLL
+            for (int r = 0; r < Q; ++r) {
+                const floats of_query = load(queries + r * keys.length + i);
+                UNROLL
+                for (int j = 0; j < AT_ONCE; ++j) {
+                    sum[j * Q + r] = multiply_add(of_query, of_key[j], sum[j * Q + r]);
+                }
+            }
+        }
+        transpose(sum);
+        UNROLL
+        for (int i = 1; i < LANES; ++i) {
+            sum[0] = add(sum[0], sum[i]);
+        }
+        float products[LANES];
+        store(products, sum[0]);
+        for (int j = 0; j < AT_ONCE; ++j) {
+            std::copy_n(products + j * Q, Q, scores + (k + j) * ROWS);
+            next.prefetch_row(k + j);
+        }
     }
 }
 
@@ -319,8 +378,8 @@ private:
     }
 
     void attend(tile & t, int64_t group, float * scratch) const {
-        float * across = (float *) (((uintptr_t) scratch + LINE - 1) / LINE * LINE);
-        float * scores = across + ROWS * key_length;
+        float * queries = (float *) (((uintptr_t) scratch + LINE - 1) / LINE * LINE);
+        float * scores = queries + ROWS * key_length;
         float * results = scores + KEYS * ROWS;
         float * wide = results + ROWS * value_length; // keys, then values
 
@@ -332,8 +391,15 @@ private:
                              v->nb[1], v->type, value_length };
         const float cap = parameter(2);
 
-        transpose_queries(across, t, cap != 0 ? parameter(0) / cap : parameter(0), key_length);
-        memset(results, 0, ROWS * value_length * sizeof(float));
+        const float scale = cap != 0 ? parameter(0) / cap : parameter(0);
+        const bool few = t.rows <= HALF;
+        if (few) {
+            copy_queries(queries, t, scale, key_length);
+            std::fill_n(scores, KEYS * ROWS, 0.0f); // lanes without a query are weighed, too
+        } else {
+            transpose_queries(queries, t, scale, key_length);
+        }
+        std::fill_n(results, ROWS * value_length, 0.0f);
         for (int64_t first = 0; first < k->ne[1]; first += KEYS) {
             const int all = (int) std::min<int64_t>(KEYS, k->ne[1] - first);
             const view left = mask ? seen(t, (int) first, all) : view{ all, true };
@@ -341,8 +407,13 @@ private:
             if (count == 0) {
                 continue;
             }
-            widen(wide, keys.from(first), count, values.from(first));
-            multiply_all({ scores, nullptr, wide, key_length, 1, across, ROWS, key_length }, count, t.rows);
+            if (few) {
+                const auto multiply = t.rows <= HALF / 2 ? multiply_few<HALF / 2> : multiply_few<HALF>;
+                multiply(scores, keys.from(first), queries, count, values.from(first));
+            } else {
+                widen(wide, keys.from(first), count, values.from(first));
+                multiply_all({ scores, nullptr, wide, key_length, 1, queries, ROWS, key_length }, count, t.rows);
+            }
             for (int key = 0; key < count && cap != 0; ++key) {
                 ggml_vec_tanh_f32(t.rows, scores + key * ROWS, scores + key * ROWS);
                 ggml_vec_scale_f32(t.rows, scores + key * ROWS, cap);
