@@ -22,10 +22,10 @@ namespace {
 
 constexpr int ROWS = GGML_FA_TILE_Q; // of a tile, at most; llama.cpp has set aside scratch memory for so many
 constexpr int KEYS = GGML_FA_TILE_KV;
-constexpr int FEWEST_ROWS = 3; // with fewer, most lanes are empty, and llama.cpp's way is as fast
-constexpr int FEW_ROWS = 16;   // as small as tiles become to have some for all threads
+constexpr int FEW_ROWS = 16; // as small as tiles become to have some for all threads
 constexpr int WIDE = LANES == 8 ? 2 : 4;
 constexpr int HALF = LANES / 2; // with so many rows or fewer, lanes are elements of keys and queries instead
+constexpr int FEWEST_ROWS = LANES == 4 ? 3 : 1; // with fewer, llama.cpp's way is as fast
 
 static_assert(ROWS % (WIDE * LANES) == 0 && FEW_ROWS % LANES == 0 && KEYS % LANES == 0 && KEYS % 8 == 0,
               "tiles are whole registers");
