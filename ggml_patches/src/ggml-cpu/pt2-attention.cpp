@@ -25,7 +25,7 @@ constexpr int KEYS = GGML_FA_TILE_KV;
 constexpr int FEW_ROWS = 16; // as small as tiles become to have some for all threads
 constexpr int WIDE = LANES == 8 ? 2 : 4;
 constexpr int HALF = LANES / 2; // with so many rows or fewer, lanes are elements of keys and queries instead
-constexpr int FEWEST_ROWS = LANES == 4 ? 3 : 1; // with fewer, llama.cpp's way is as fast
+constexpr int FEWEST_ROWS = LANES == 4 ? 3 : 1; // llama.cpp keeps fewer on NEON, where they were not timed
 
 static_assert(ROWS % (WIDE * LANES) == 0 && FEW_ROWS % LANES == 0 && KEYS % LANES == 0 && KEYS % 8 == 0,
               "tiles are whole registers");
@@ -408,8 +408,8 @@ private:
                 continue;
             }
             if (few) {
-                const auto multiply = t.rows <= HALF / 2 ? multiply_few<HALF / 2> : multiply_few<HALF>;
-                multiply(scores, keys.from(first), queries, count, values.from(first));
+                const auto multiply_these = t.rows <= HALF / 2 ? multiply_few<HALF / 2> : multiply_few<HALF>;
+                multiply_these(scores, keys.from(first), queries, count, values.from(first));
             } else {
                 widen(wide, keys.from(first), count, values.from(first));
                 multiply_all({ scores, nullptr, wide, key_length, 1, queries, ROWS, key_length }, count, t.rows);

@@ -1,4 +1,4 @@
-// Attention on the CPU where several rows (queries of heads that share keys and values) can be computed together.
+// Attention on the CPU, of several rows (queries of heads that share keys and values) together where there are such.
 #pragma once
 
 struct ggml_compute_params;
@@ -6,6 +6,6 @@ struct ggml_tensor;
 
 // Computes a FLASH_ATTN_EXT with all threads, in the scratch memory that the plan has for it. False, with nothing done,
 // for operations that this is not made for, which llama.cpp then computes in its own ways: other types than F32 queries
-// with F16 or F32 keys and values, heads that do not fill registers, too few rows to share work, one query with few
+// with F16 or F32 keys and values, heads that do not fill registers, one or two rows on NEON, one query with few
 // heads for each thread, and instruction sets without vectors here.
 bool pt2_flash_attn(const ggml_compute_params * params, ggml_tensor * dst);

@@ -197,7 +197,7 @@ template <ggml_type type, bool gated> static bool launch(mmv_args args, cudaStre
     const size_t needed = sizeof(hopper_vec_shared<type>) + (gated ? 2 : 1) * most_rows * split * sizeof(float);
     // With less than half of what a multiprocessor has, it could get two thread blocks, and another none.
     const size_t shared = std::max(needed, device.smpbo / 2 + 1024);
-    // A short row for a warp is soon read: the other kernel's many thread blocks start sooner than rings fill.
+    // pt2-mmvq.cu is faster with rows that one warp reads, but not with two matrices of them (docs/speed.md).
     const bool short_rows = split == 1 && !gated;
     if (short_rows || width < PT2_HOPPER_VEC_MIN_LANES || split > PT2_HOPPER_VEC_WARPS || shared > device.smpbo) {
         return false;
