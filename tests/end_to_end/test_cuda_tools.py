@@ -53,6 +53,14 @@ def test_operations_as_on_the_cpu(installation, operation) -> None:
     assert [c for c in cases if c[0] not in refused and c[1] != "OK"] == []
 
 
+def test_attention_of_one_token_as_on_the_cpu(installation) -> None:
+    options = ["test", "-b", "CUDA0", "-o", "TOKEN_ATTENTION"]
+    printed, _ = run_tool(installation, "test-backend-ops", *options)
+    results = re.findall(r"^ *TOKEN_ATTENTION\(.*\): (.+)$", printed, re.MULTILINE)
+    assert results
+    assert set(results) == {"OK"}
+
+
 @TYPES
 def test_the_graph_is_not_split(installation, converted, block_type) -> None:
     """The embeddings are looked up on the CPU, in llama.cpp's way; all else is one split."""

@@ -1,6 +1,7 @@
 // Which products belong together, and with which norm and GLU. llama.cpp's graphs do with q what is done with q before
 // they compute k; so the graph is reordered before memory is given to its tensors, and what then lies side by side is
 // computed at once. Results may lie where the activations were: these are quantized before anything is written.
+#include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 #include "mmvq.cuh"
 #include "pt2-graph.h"
@@ -43,7 +44,7 @@ static bool writes_to(const ggml_tensor * node, const ggml_tensor * t) {
     return node->view_src && node->view_src == (t->view_src ? t->view_src : t);
 }
 
-void ggml_cuda_pt2_order_products(ggml_cgraph * cgraph) {
+static void order_products(ggml_cgraph * cgraph) {
     for (int i = 0; i < cgraph->n_nodes; ++i) {
         const ggml_tensor * first = cgraph->nodes[i];
         if (!is_product(first) || fuses_with_next(cgraph, i)) {
@@ -60,6 +61,18 @@ void ggml_cuda_pt2_order_products(ggml_cgraph * cgraph) {
             }
         }
         i = end - 1;
+    }
+}
+
+void ggml_cuda_pt2_optimize_graph(ggml_cgraph * cgraph, const struct ggml_backend_graph_optimize_params * params) {
+    order_products(cgraph);
+    pt2_attention attention;
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        if (pt2_find_attention(cgraph, i, attention)) {
+            pt2_for_each_input(attention, [&](const ggml_tensor * t) {
+                params->add_alloc_dep(params->user_data, const_cast<ggml_tensor *>(t), attention.attn);
+            });
+        }
     }
 }
 
@@ -115,6 +128,10 @@ static ggml_tensor * find_glu(const ggml_cgraph * cgraph, const int i) {
 int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, const int i) {
     if (ctx.curr_stream_no != 0) { // the results may be for other streams too
         return 0;
+    }
+    pt2_attention attention;
+    if (pt2_find_attention(cgraph, i, attention) && pt2_attend_hopper(ctx, attention)) {
+        return attention.n_nodes - 1;
     }
     pt2_norm norm;
     ggml_tensor * products[PT2_GROUP];

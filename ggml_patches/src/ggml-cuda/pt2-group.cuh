@@ -62,11 +62,12 @@ struct pt2_norm {
     float eps;
 };
 
-// in ggml_backend_cuda_graph_optimize: brings products of the same activations together.
-void ggml_cuda_pt2_order_products(ggml_cgraph * cgraph);
+// in ggml_backend_cuda_graph_optimize: brings products of the same activations together, and keeps in memory what one
+// token's attention reads.
+void ggml_cuda_pt2_optimize_graph(ggml_cgraph * cgraph, const struct ggml_backend_graph_optimize_params * params);
 
-// in ggml_cuda_try_fuse: computes products from node i on, with the norm before and the GLU behind them. How many nodes
-// behind i it computed: 0 means that it did nothing.
+// in ggml_cuda_try_fuse: computes products from node i on, with the norm before and the GLU behind them, or one token's
+// attention. How many nodes behind i it computed: 0 means that it did nothing.
 int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
 
 // MUL_MATs of 1 to 8 columns, all of the same activations, type and column order. norm: what the activations are, if
