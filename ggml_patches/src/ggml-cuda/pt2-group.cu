@@ -32,12 +32,30 @@ static bool belong_together(const ggml_tensor * a, const ggml_tensor * b) {
            a->src[0]->nb[1] == b->src[0]->nb[1] && a->src[0]->buffer == b->src[0]->buffer;
 }
 
-// For one column upstream computes a product together with the bias, the residual or the GLU behind it.
+// The bias that node i + 1 adds to a product of one column, or NULL.
+static const ggml_tensor * bias_of(const ggml_cgraph * cgraph, const int i) {
+    const ggml_tensor * node = cgraph->nodes[i];
+    if (node->src[1]->ne[1] != 1 || !ggml_can_fuse(cgraph, i, { GGML_OP_MUL_MAT, GGML_OP_ADD })) {
+        return nullptr;
+    }
+    const ggml_tensor * add = cgraph->nodes[i + 1];
+    const ggml_tensor * bias = add->src[0] == node ? add->src[1] : add->src[0];
+    return is_weight(bias) && bias->type == GGML_TYPE_F32 && ggml_are_same_shape(bias, node) && ggml_is_contiguous(bias)
+               ? bias
+               : nullptr;
+}
+
+// For one column upstream computes a product together with the residual or the GLU behind it.
 static bool fuses_with_next(const ggml_cgraph * cgraph, const int i) {
     const ggml_tensor * node = cgraph->nodes[i];
     const ggml_tensor * next = i + 1 < cgraph->n_nodes ? cgraph->nodes[i + 1] : nullptr;
     return next && node->src[1]->ne[1] == 1 && (next->op == GGML_OP_ADD || next->op == GGML_OP_GLU) &&
-           (next->src[0] == node || next->src[1] == node);
+           (next->src[0] == node || next->src[1] == node) && !bias_of(cgraph, i);
+}
+
+// How many nodes a product takes.
+static int size_of(const ggml_cgraph * cgraph, const int i) {
+    return bias_of(cgraph, i) ? 2 : 1;
 }
 
 static bool writes_to(const ggml_tensor * node, const ggml_tensor * t) {
@@ -50,14 +68,17 @@ static void order_products(ggml_cgraph * cgraph) {
         if (!is_product(first) || fuses_with_next(cgraph, i)) {
             continue;
         }
-        int end = i + 1;
-        for (int j = i + 1; j < std::min(i + REACH, cgraph->n_nodes) && end < i + PT2_GROUP; ++j) {
+        int end = i + size_of(cgraph, i);
+        int n = 1;
+        for (int j = end; j < std::min(i + REACH, cgraph->n_nodes) && n < PT2_GROUP; ++j) {
             if (writes_to(cgraph->nodes[j], first->src[1])) {
                 break;
             }
             if (belong_together(first, cgraph->nodes[j]) && !fuses_with_next(cgraph, j)) {
-                std::rotate(cgraph->nodes + end, cgraph->nodes + j, cgraph->nodes + j + 1);
-                ++end;
+                const int size = size_of(cgraph, j);
+                std::rotate(cgraph->nodes + end, cgraph->nodes + j, cgraph->nodes + j + size);
+                end += size;
+                ++n;
             }
         }
         i = end - 1;
@@ -92,20 +113,30 @@ static bool is_norm(const ggml_cgraph * cgraph, const int i, pt2_norm & norm) {
            ggml_is_contiguous(norm.weight);
 }
 
-// The products from node i on that belong together.
-static int find_products(const ggml_cgraph * cgraph, const int i, ggml_tensor * (&products)[PT2_GROUP]) {
+// Products that belong together.
+struct found_products {
+    pt2_biased all[PT2_GROUP];
     int n = 0;
-    while (n < PT2_GROUP && i + n < cgraph->n_nodes) {
-        ggml_tensor * node = cgraph->nodes[i + n];
-        const auto in_the_way = [node](const ggml_tensor * other) { return pt2_overlap(node, other); };
-        if (!is_product(node) || !belong_together(cgraph->nodes[i], node) || fuses_with_next(cgraph, i + n) ||
-            std::any_of(products, products + n, in_the_way)) {
-            break;
+    int n_nodes = 0;
+
+    found_products(const ggml_cgraph * cgraph, const int first) {
+        while (n < PT2_GROUP && first + n_nodes < cgraph->n_nodes) {
+            const int i = first + n_nodes;
+            if (!is_product(cgraph->nodes[i]) || !belong_together(cgraph->nodes[first], cgraph->nodes[i]) ||
+                fuses_with_next(cgraph, i)) {
+                break;
+            }
+            const int size = size_of(cgraph, i);
+            ggml_tensor * dst = cgraph->nodes[i + size - 1];
+            const auto in_the_way = [dst](const pt2_biased & other) { return pt2_overlap(dst, other.dst); };
+            if (std::any_of(all, all + n, in_the_way)) {
+                break;
+            }
+            all[n++] = { cgraph->nodes[i], bias_of(cgraph, i), dst };
+            n_nodes += size;
         }
-        products[n++] = node;
     }
-    return n;
-}
+};
 
 // The GLU of two products of one column that nodes i to i + 2 compute, or NULL.
 static ggml_tensor * find_glu(const ggml_cgraph * cgraph, const int i) {
@@ -134,7 +165,6 @@ int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
         return attention.n_nodes - 1;
     }
     pt2_norm norm;
-    ggml_tensor * products[PT2_GROUP];
     if (is_norm(cgraph, i, norm)) {
         const ggml_tensor * activations = cgraph->nodes[i + 1];
         if (ggml_tensor * glu = find_glu(cgraph, i + 2)) {
@@ -144,21 +174,23 @@ int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
             pt2_mul_mat_vec_glu(ctx, glu, norm);
             return 4;
         }
-        const int n = find_products(cgraph, i + 2, products);
-        if (n == 0 || products[0]->src[1] != activations || activations->ne[1] > MMVQ_MAX_BATCH_SIZE ||
-            !ggml_node_has_n_uses(cgraph, i + 1, n)) {
+        const found_products products(cgraph, i + 2);
+        if (products.n == 0 || products.all[0].product->src[1] != activations ||
+            activations->ne[1] > MMVQ_MAX_BATCH_SIZE || !ggml_node_has_n_uses(cgraph, i + 1, products.n)) {
             return 0;
         }
-        pt2_mul_mat_vec_group(ctx, products, n, &norm);
-        return 1 + n;
+        pt2_mul_mat_vec_group(ctx, products.all, products.n, &norm);
+        return 1 + products.n_nodes;
     }
-    const int n = find_products(cgraph, i, products);
-    if (n < 2) {
+    const found_products products(cgraph, i);
+    if (products.n < 2) {
         return 0;
     }
-    if (products[0]->ne[1] <= MMVQ_MAX_BATCH_SIZE) {
-        pt2_mul_mat_vec_group(ctx, products, n, nullptr);
-        return n - 1;
+    if (products.all[0].dst->ne[1] <= MMVQ_MAX_BATCH_SIZE) {
+        pt2_mul_mat_vec_group(ctx, products.all, products.n, nullptr);
+        return products.n_nodes - 1;
     }
-    return pt2_mul_mat_hopper(ctx, products, n) ? n - 1 : 0;
+    ggml_tensor * dsts[PT2_GROUP]; // of many columns, and so without biases
+    std::transform(products.all, products.all + products.n, dsts, [](const pt2_biased & p) { return p.dst; });
+    return pt2_mul_mat_hopper(ctx, dsts, products.n) ? products.n_nodes - 1 : 0;
 }

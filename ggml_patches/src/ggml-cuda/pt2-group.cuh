@@ -11,7 +11,8 @@ static constexpr int PT2_GROUP = 3; // products at most
 struct pt2_product {
     const char * x; // weights
     float * dst;
-    int64_t s1; // of dst, in elements
+    const float * bias; // NULL, or like dst, or for experts one row of each
+    int64_t s1;         // of dst, in elements
     int nrows;
     int first_block;
 };
@@ -21,10 +22,12 @@ struct pt2_group {
     pt2_product products[PT2_GROUP];
     int n = 0;
 
-    void add(const ggml_tensor * weights, const ggml_tensor * dst) {
+    void add(const ggml_tensor * weights, const ggml_tensor * dst, const ggml_tensor * bias = nullptr) {
         GGML_ASSERT(n < PT2_GROUP);
-        products[n++] = { (const char *) weights->data, (float *) dst->data, int64_t(dst->nb[1] / sizeof(float)),
-                          int(weights->ne[1]), 0 };
+        products[n++] = {
+            (const char *) weights->data,        (float *) dst->data, bias ? (const float *) bias->data : nullptr,
+            int64_t(dst->nb[1] / sizeof(float)), int(weights->ne[1]), 0
+        };
     }
 
     int64_t nrows() const {
@@ -55,6 +58,13 @@ struct pt2_group {
     }
 };
 
+// A MUL_MAT, and the ADD behind it if that adds a weight.
+struct pt2_biased {
+    ggml_tensor * product;
+    const ggml_tensor * bias; // or NULL
+    ggml_tensor * dst;        // of the two
+};
+
 // Activations that are x's RMS norm times weight.
 struct pt2_norm {
     const ggml_tensor * x;
@@ -70,9 +80,9 @@ void ggml_cuda_pt2_optimize_graph(ggml_cgraph * cgraph, const struct ggml_backen
 // attention. How many nodes behind i it computed: 0 means that it did nothing.
 int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
 
-// MUL_MATs of 1 to 8 columns, all of the same activations, type and column order. norm: what the activations are, if
-// they are not computed yet, or NULL.
-void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, int n, const pt2_norm * norm);
+// MUL_MATs of 1 to 8 columns, all of the same activations, type and column order, with their biases. norm: what the
+// activations are, if they are not computed yet, or NULL.
+void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, const pt2_biased * products, int n, const pt2_norm * norm);
 
 // The GLU of two products, src[0] and src[1], of one column.
 void pt2_mul_mat_vec_glu(ggml_backend_cuda_context & ctx, ggml_tensor * glu, const pt2_norm & norm);

@@ -180,7 +180,7 @@ __launch_bounds__(PT2_HOPPER_VEC_WARPS * WARP_SIZE, 1) static __global__
         }
         const pt2_product & product = args.group.of(row);
         const int of_product = row - product.first_block;
-        product.dst[of_product] = finish<gated>(args, total[0], total[matrices - 1], of_product);
+        product.dst[of_product] = finish<gated>(args, product, total[0], total[matrices - 1], of_product);
     }
 #else
     GGML_UNUSED_VARS(args, nrows, split, width);

@@ -227,7 +227,7 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
         for (int j = 0; j < ncols; ++j) {
             float result = sum[0][j][i];
             if constexpr (ncols == 1) { // upstream fuses nothing else
-                result = finish<(gated != NO_GATE)>(args, result, sum[matrices - 1][j][i], at_bias);
+                result = finish<(gated != NO_GATE)>(args, product, result, sum[matrices - 1][j][i], at_bias);
             }
             product.dst[offset + j * product.s1 + row] = result;
         }
@@ -358,7 +358,6 @@ static void multiply(ggml_backend_cuda_context & ctx, const pt2_group & group, c
     args.s3 = dst->nb[3] / sizeof(float);
     args.stride_y = src1->ne[1];
     if (fusion) {
-        args.bias = fusion->x_bias ? (const float *) fusion->x_bias->data : nullptr;
         args.gate_bias = fusion->gate_bias ? (const float *) fusion->gate_bias->data : nullptr;
         args.glu_op = fusion->glu_op;
         args.glu_limit = fusion->glu_limit;
@@ -394,17 +393,17 @@ void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
     const ggml_tensor * node = find_mul_mat(dst, src0);
     GGML_ASSERT(node && node->src[1] == src1);
     pt2_group group;
-    group.add(src0, dst);
+    group.add(src0, dst, fusion ? fusion->x_bias : nullptr);
     multiply(ctx, group, node, dst, fusion, nullptr);
 }
 
-void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, ggml_tensor * const * nodes, const int n,
+void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, const pt2_biased * products, const int n,
                            const pt2_norm * norm) {
     pt2_group group;
     for (int i = 0; i < n; ++i) {
-        group.add(nodes[i]->src[0], nodes[i]);
+        group.add(products[i].product->src[0], products[i].dst, products[i].bias);
     }
-    multiply(ctx, group, nodes[0], nodes[0], nullptr, norm);
+    multiply(ctx, group, products[0].product, products[0].dst, nullptr, norm);
 }
 
 void pt2_mul_mat_vec_glu(ggml_backend_cuda_context & ctx, ggml_tensor * glu, const pt2_norm & norm) {

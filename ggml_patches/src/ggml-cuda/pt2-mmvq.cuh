@@ -13,7 +13,6 @@ struct mmv_args {
     const pt2_vec_scales * ys; // their scales
     const pt2_vec_scales * ys_gate;
     const int32_t * ids; // experts, or NULL
-    const float * bias;  // NULL, or like dst, or for ids one row per expert
     const float * gate_bias;
     int nblocks;              // per row
     int nblocks_y;            // per row of y, with padding
@@ -21,7 +20,7 @@ struct mmv_args {
     uint3 ne12;               // channels of y, for ids rows of y per token
     uint3 r2, r3;             // channels and samples of y for one of x
     int64_t stride_y;         // rows of y from one channel, for ids one token, to the next
-    int64_t s2, s3;           // of dst and bias, in elements, as s1 is; for ids s1 is a slot's, s2 a token's
+    int64_t s2, s3;           // of dst and biases, in elements, as s1 is; for ids s1 is a slot's, s2 a token's
     int64_t ids_stride;       // from token to token
     int64_t s_bias;           // from expert to expert
     ggml_glu_op glu_op;
@@ -152,10 +151,10 @@ static __device__ __forceinline__ float glu(const mmv_args & args, const float g
 
 // A result from the sums of a row of weights, and of the gate's.
 template <bool gated>
-static __device__ __forceinline__ float finish(const mmv_args & args, float x, const float gate,
-                                               const int64_t at_bias) {
-    if (args.bias) {
-        x += args.bias[at_bias];
+static __device__ __forceinline__ float finish(const mmv_args & args, const pt2_product & product, float x,
+                                               const float gate, const int64_t at_bias) {
+    if (product.bias) {
+        x += product.bias[at_bias];
     }
     if constexpr (gated) {
         x = glu(args, gate + (args.gate_bias ? args.gate_bias[at_bias] : 0.0f), x);
