@@ -45,17 +45,18 @@ static const ggml_tensor * bias_of(const ggml_cgraph * cgraph, const int i) {
                : nullptr;
 }
 
-// For one column upstream computes a product together with the residual or the GLU behind it.
-static bool fuses_with_next(const ggml_cgraph * cgraph, const int i) {
-    const ggml_tensor * node = cgraph->nodes[i];
-    const ggml_tensor * next = i + 1 < cgraph->n_nodes ? cgraph->nodes[i + 1] : nullptr;
-    return next && node->src[1]->ne[1] == 1 && (next->op == GGML_OP_ADD || next->op == GGML_OP_GLU) &&
-           (next->src[0] == node || next->src[1] == node) && !bias_of(cgraph, i);
-}
-
 // How many nodes a product takes.
 static int size_of(const ggml_cgraph * cgraph, const int i) {
     return bias_of(cgraph, i) ? 2 : 1;
+}
+
+// For one column upstream computes a product together with the residual or, with its bias too, the GLU behind it.
+static bool fuses_with_next(const ggml_cgraph * cgraph, const int i) {
+    const int end = i + size_of(cgraph, i);
+    const ggml_tensor * result = cgraph->nodes[end - 1];
+    const ggml_tensor * next = end < cgraph->n_nodes ? cgraph->nodes[end] : nullptr;
+    return next && result->ne[1] == 1 && (next->op == GGML_OP_ADD || next->op == GGML_OP_GLU) &&
+           (next->src[0] == result || next->src[1] == result);
 }
 
 static bool writes_to(const ggml_tensor * node, const ggml_tensor * t) {
