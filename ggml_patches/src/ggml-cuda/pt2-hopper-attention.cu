@@ -353,7 +353,7 @@ template <int D> static void launch_for(const attention_args & args, const int n
     const int heads = args.heads_per_key % 4 == 0 ? 4 : args.heads_per_key % 2 == 0 ? 2 : 1;
     const int groups = nheads / heads;
     const int at_once = PT2_ATTENTION_WARPS * WARP_SIZE / (D / PER_LANE) * PT2_ATTENTION_TOKENS; // of a thread block
-    // As many thread blocks as there are multiprocessors; with twice as many it is slower.
+    // As many thread blocks as there are multiprocessors: more are not faster.
     const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
     const int with_tokens = (args.ntokens + at_once - 1) / at_once;
     const int cluster = std::max(1, std::min({ PT2_ATTENTION_MAX_CLUSTER, with_tokens, nsm / groups }));
