@@ -3,14 +3,9 @@
 #include "ggml-impl.h"
 #include "pt2-attention.cuh"
 
-static bool is_view(const ggml_tensor * node) {
-    return node->op == GGML_OP_NONE || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_VIEW ||
-           node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
-}
-
 // The next node that is computed, if it does this.
 static ggml_tensor * take(const ggml_cgraph * cgraph, int & at, const ggml_op op) {
-    while (at < cgraph->n_nodes && is_view(cgraph->nodes[at])) {
+    while (at < cgraph->n_nodes && ggml_op_is_empty(cgraph->nodes[at]->op)) {
         ++at;
     }
     if (at == cgraph->n_nodes || cgraph->nodes[at]->op != op ||
@@ -22,8 +17,13 @@ static ggml_tensor * take(const ggml_cgraph * cgraph, int & at, const ggml_op op
 
 // The same, of a node whose result nothing else needs.
 static ggml_tensor * take_inner(const ggml_cgraph * cgraph, int & at, const ggml_op op) {
-    ggml_tensor * node = take(cgraph, at, op);
-    return node && ggml_node_has_n_uses(cgraph, at - 1, 1) ? node : nullptr;
+    int behind = at;
+    ggml_tensor * node = take(cgraph, behind, op);
+    if (!node || !ggml_node_has_n_uses(cgraph, behind - 1, 1)) {
+        return nullptr;
+    }
+    at = behind;
+    return node;
 }
 
 static bool is_all_of(const ggml_tensor * view, const ggml_tensor * t) {
@@ -53,7 +53,7 @@ static const ggml_tensor * take_rotated(const ggml_cgraph * cgraph, int & at, pt
             return nullptr;
         }
         heads = { norm->src[0], normed->src[1], ggml_get_op_params_f32(norm, 0) };
-        if (heads.norm->type != GGML_TYPE_F32 || !ggml_is_contiguous(heads.norm) ||
+        if (!is_given(heads.norm) || heads.norm->type != GGML_TYPE_F32 || !ggml_is_contiguous(heads.norm) ||
             ggml_nelements(heads.norm) != norm->ne[0]) {
             return nullptr;
         }

@@ -86,8 +86,12 @@ static void order_products(ggml_cgraph * cgraph) {
     }
 }
 
-void ggml_cuda_pt2_optimize_graph(ggml_cgraph * cgraph, const struct ggml_backend_graph_optimize_params * params) {
+void ggml_cuda_pt2_optimize_graph(const int device, ggml_cgraph * cgraph,
+                                  const struct ggml_backend_graph_optimize_params * params) {
     order_products(cgraph);
+    if (!pt2_attends_hopper(device)) {
+        return;
+    }
     pt2_attention attention;
     for (int i = 0; i < cgraph->n_nodes; ++i) {
         if (pt2_find_attention(cgraph, i, attention)) {

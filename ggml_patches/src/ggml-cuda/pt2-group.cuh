@@ -74,7 +74,8 @@ struct pt2_norm {
 
 // in ggml_backend_cuda_graph_optimize: brings products of the same activations together, and keeps in memory what one
 // token's attention reads.
-void ggml_cuda_pt2_optimize_graph(ggml_cgraph * cgraph, const struct ggml_backend_graph_optimize_params * params);
+void ggml_cuda_pt2_optimize_graph(int device, ggml_cgraph * cgraph,
+                                  const struct ggml_backend_graph_optimize_params * params);
 
 // in ggml_cuda_try_fuse: computes products from node i on, with the norm before and the GLU behind them, or one token's
 // attention. How many nodes behind i it computed: 0 means that it did nothing.

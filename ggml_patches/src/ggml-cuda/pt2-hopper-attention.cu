@@ -15,7 +15,7 @@ namespace cg = cooperative_groups;
 #define PT2_ATTENTION_MAX_CLUSTER 8
 #define PT2_ATTENTION_TOKENS      4 // of a team, loaded at once
 
-// With more, upstream's kernels are as fast or, where each query head has keys of its own, faster.
+// With twice as many, upstream's kernels are faster where each query head has keys of its own.
 #define PT2_ATTENTION_MAX_TOKENS 4096
 
 static constexpr int PER_LANE = sizeof(int4) / sizeof(half); // elements
@@ -345,7 +345,11 @@ static void launch(const attention_args & args, const int groups, const int clus
     config.blockDim = dim3(WARP_SIZE, PT2_ATTENTION_WARPS, 1);
     config.stream = stream;
     config.attrs = attributes;
+#if defined(GGML_CUDA_USE_PDL)
     config.numAttrs = 2;
+#else
+    config.numAttrs = 1; // the kernel does not wait for those in front of it then
+#endif
     CUDA_CHECK(cudaLaunchKernelEx(&config, attend<D, heads>, args));
 }
 
@@ -353,7 +357,7 @@ template <int D> static void launch_for(const attention_args & args, const int n
     const int heads = args.heads_per_key % 4 == 0 ? 4 : args.heads_per_key % 2 == 0 ? 2 : 1;
     const int groups = nheads / heads;
     const int at_once = PT2_ATTENTION_WARPS * WARP_SIZE / (D / PER_LANE) * PT2_ATTENTION_TOKENS; // of a thread block
-    // As many thread blocks as there are multiprocessors: more are not faster.
+    // At most as many thread blocks as there are multiprocessors: more are not faster.
     const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
     const int with_tokens = (args.ntokens + at_once - 1) / at_once;
     const int cluster = std::max(1, std::min({ PT2_ATTENTION_MAX_CLUSTER, with_tokens, nsm / groups }));
@@ -369,13 +373,17 @@ template <int D> static void launch_for(const attention_args & args, const int n
     }
 }
 
+bool pt2_attends_hopper(const int device) {
+    return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER;
+}
+
 bool pt2_attend_hopper(ggml_backend_cuda_context & ctx, const pt2_attention & a) {
     const ggml_tensor * keys = a.attn->src[1];
     const ggml_tensor * values = a.attn->src[2];
     const int head_size = keys->ne[0];
-    bool fits = ggml_cuda_info().devices[ggml_cuda_get_device()].cc == GGML_CUDA_CC_HOPPER &&
-                (head_size == 64 || head_size == 128) && keys->ne[1] <= PT2_ATTENTION_MAX_TOKENS &&
-                (uintptr_t) keys->data % sizeof(int4) == 0 && (uintptr_t) values->data % sizeof(int4) == 0;
+    bool fits = pt2_attends_hopper(ctx.device) && (head_size == 64 || head_size == 128) &&
+                keys->ne[1] <= PT2_ATTENTION_MAX_TOKENS && (uintptr_t) keys->data % sizeof(int4) == 0 &&
+                (uintptr_t) values->data % sizeof(int4) == 0;
     // another thread block may still be reading
     pt2_for_each_input(a, [&](const ggml_tensor * t) { fits = fits && !pt2_overlap(t, a.attn); });
     if (!fits) {
