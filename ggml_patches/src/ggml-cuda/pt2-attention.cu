@@ -2,6 +2,7 @@
 // of some models, the rotations, and what writes to the cache, in this order.
 #include "ggml-impl.h"
 #include "pt2-attention.cuh"
+#include "pt2-graph.h"
 
 // The next node that is computed, if it does this.
 static ggml_tensor * take(const ggml_cgraph * cgraph, int & at, const ggml_op op) {
@@ -30,13 +31,9 @@ static bool is_all_of(const ggml_tensor * view, const ggml_tensor * t) {
     return view == t || (view->view_src == t && view->view_offs == 0 && ggml_nelements(view) == ggml_nelements(t));
 }
 
-static const ggml_tensor * memory_of(const ggml_tensor * t) {
-    return t->view_src ? t->view_src : t;
-}
-
 // Whether it is there before the graph is computed: the kernel reads it before those in front of it have finished.
 static bool is_given(const ggml_tensor * t) {
-    return memory_of(t)->op == GGML_OP_NONE;
+    return pt2_memory_of(t)->op == GGML_OP_NONE;
 }
 
 static bool is_of_one_token(const ggml_tensor * x) {
@@ -65,8 +62,8 @@ static const ggml_tensor * take_rotated(const ggml_cgraph * cgraph, int & at, pt
     if (!normed) {
         heads.x = rope->src[0];
     }
-    return is_of_one_token(heads.x) && rope->type == GGML_TYPE_F32 && ggml_are_same_shape(heads.x, rope) ? rope
-                                                                                                         : nullptr;
+    const bool fits = is_of_one_token(heads.x) && rope->type == GGML_TYPE_F32 && ggml_are_same_shape(heads.x, rope);
+    return fits ? rope : nullptr;
 }
 
 static bool is_known_rope(const ggml_tensor * rope) {
@@ -82,7 +79,7 @@ static bool is_known_rope(const ggml_tensor * rope) {
 // rows: SET_ROWS of a whole token's heads into a cache that `cache` shows some tokens of.
 static bool is_row_of(const ggml_tensor * rows, const ggml_tensor * cache, const int64_t head_size) {
     const ggml_tensor * x = rows->src[0];
-    return rows->type == GGML_TYPE_F16 && cache->type == GGML_TYPE_F16 && memory_of(rows) == memory_of(cache) &&
+    return rows->type == GGML_TYPE_F16 && cache->type == GGML_TYPE_F16 && pt2_memory_of(rows) == pt2_memory_of(cache) &&
            x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && ggml_nrows(x) == 1 &&
            x->ne[0] == head_size * cache->ne[2] && rows->ne[0] == x->ne[0] && rows->src[1]->type == GGML_TYPE_I64 &&
            is_given(rows->src[1]) && cache->ne[0] == head_size && cache->ne[3] == 1 && cache->nb[0] == sizeof(half) &&

@@ -40,9 +40,9 @@ static const ggml_tensor * bias_of(const ggml_cgraph * cgraph, const int i) {
     }
     const ggml_tensor * add = cgraph->nodes[i + 1];
     const ggml_tensor * bias = add->src[0] == node ? add->src[1] : add->src[0];
-    return is_weight(bias) && bias->type == GGML_TYPE_F32 && ggml_are_same_shape(bias, node) && ggml_is_contiguous(bias)
-               ? bias
-               : nullptr;
+    const bool fits =
+        is_weight(bias) && bias->type == GGML_TYPE_F32 && ggml_are_same_shape(bias, node) && ggml_is_contiguous(bias);
+    return fits ? bias : nullptr;
 }
 
 // How many nodes a product takes.
@@ -60,7 +60,7 @@ static bool fuses_with_next(const ggml_cgraph * cgraph, const int i) {
 }
 
 static bool writes_to(const ggml_tensor * node, const ggml_tensor * t) {
-    return node->view_src && node->view_src == (t->view_src ? t->view_src : t);
+    return node->view_src && node->view_src == pt2_memory_of(t);
 }
 
 static void order_products(ggml_cgraph * cgraph) {

@@ -156,7 +156,6 @@ __launch_bounds__(PT2_ATTENTION_WARPS * WARP_SIZE) static __global__ void attend
     ggml_cuda_pdl_sync();
 
     // a warp for each query head, one for the key and one for the value
-    const bool writes = rank == 0 && first_head % args.heads_per_key == 0;
     if (warp <= heads) {
         const bool is_key = warp == heads;
         const float * x = is_key ? args.k + key_head * args.stride_k : args.q + (first_head + warp) * args.stride_q;
@@ -197,7 +196,7 @@ __launch_bounds__(PT2_ATTENTION_WARPS * WARP_SIZE) static __global__ void attend
     __syncthreads();
     const int4 new_k = *(const int4 *) (shared.k + at);
     const int4 new_v = *(const int4 *) (shared.v + at);
-    if (writes && team == 0) {
+    if (rank == 0 && first_head % args.heads_per_key == 0 && team == 0) {
         *(int4 *) (keys + new_key * args.nb_k) = new_k;
         *(int4 *) (values + new_value * args.nb_v) = new_v;
     }
@@ -216,6 +215,15 @@ __launch_bounds__(PT2_ATTENTION_WARPS * WARP_SIZE) static __global__ void attend
             sum[h][i] = 0.0f;
         }
     }
+    const auto raise = [&](const int h, const float largest) {
+        const float factor = exp2f(max[h] - largest);
+        max[h] = largest;
+        norm[h] *= factor;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            sum[h][i] *= factor;
+        }
+    };
     for (int start = first_of_block; start < args.ntokens; start += step) { // the same in all lanes
         const int first = start + team * tokens;
         const bool more = start + step < args.ntokens;
@@ -247,13 +255,7 @@ __launch_bounds__(PT2_ATTENTION_WARPS * WARP_SIZE) static __global__ void attend
             for (int t = 0; t < tokens; ++t) {
                 largest = fmaxf(largest, scores[h][t]);
             }
-            const float factor = exp2f(max[h] - largest);
-            max[h] = largest;
-            norm[h] *= factor;
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) {
-                sum[h][i] *= factor;
-            }
+            raise(h, largest);
 #pragma unroll
             for (int t = 0; t < tokens; ++t) {
                 scores[h][t] = exp2f(scores[h][t] - largest);
@@ -285,14 +287,10 @@ __launch_bounds__(PT2_ATTENTION_WARPS * WARP_SIZE) static __global__ void attend
     for (int h = 0; h < heads; ++h) {
 #pragma unroll
         for (int offset = lanes; offset < WARP_SIZE; offset *= 2) {
-            const float largest = fmaxf(max[h], __shfl_xor_sync(0xFFFFFFFF, max[h], offset, WARP_SIZE));
-            const float factor = exp2f(max[h] - largest);
-            max[h] = largest;
-            norm[h] *= factor;
+            raise(h, fmaxf(max[h], __shfl_xor_sync(0xFFFFFFFF, max[h], offset, WARP_SIZE)));
             norm[h] += __shfl_xor_sync(0xFFFFFFFF, norm[h], offset, WARP_SIZE);
 #pragma unroll
             for (int i = 0; i < PER_LANE; ++i) {
-                sum[h][i] *= factor;
                 sum[h][i] += __shfl_xor_sync(0xFFFFFFFF, sum[h][i], offset, WARP_SIZE);
             }
         }
@@ -334,23 +332,11 @@ __launch_bounds__(PT2_ATTENTION_WARPS * WARP_SIZE) static __global__ void attend
 
 template <int D, int heads>
 static void launch(const attention_args & args, const int groups, const int cluster, cudaStream_t stream) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = cluster;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(cluster, groups, 1);
-    config.blockDim = dim3(WARP_SIZE, PT2_ATTENTION_WARPS, 1);
-    config.stream = stream;
-    config.attrs = attributes;
-#if defined(GGML_CUDA_USE_PDL)
-    config.numAttrs = 2;
-#else
-    config.numAttrs = 1; // the kernel does not wait for those in front of it then
-#endif
-    CUDA_CHECK(cudaLaunchKernelEx(&config, attend<D, heads>, args));
+    const dim3 grid(cluster, groups, 1);
+    const dim3 block(WARP_SIZE, PT2_ATTENTION_WARPS, 1);
+    pt2_cluster_launch launch({ grid, block, (size_t) 0, stream }, dim3(cluster, 1, 1));
+    launch.start_early();
+    CUDA_CHECK(cudaLaunchKernelEx(&launch.config, attend<D, heads>, args));
 }
 
 template <int D> static void launch_for(const attention_args & args, const int nheads, cudaStream_t stream) {

@@ -499,22 +499,10 @@ __launch_bounds__(PT2_HOPPER_THREADS, N == 64 ? 2 : 1) static __global__ void mu
 
 // Launching ---------------------------------------------------------------------------------------------------------
 
-struct hopper_launch {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute = {};
-
-    hopper_launch(const dim3 tiles, const int cluster, const size_t shared, cudaStream_t stream) {
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = attribute.val.clusterDim.y = 1;
-        attribute.val.clusterDim.z = cluster;
-        config.gridDim = dim3(tiles.x, tiles.y, tiles.z * cluster);
-        config.blockDim = dim3(PT2_HOPPER_THREADS);
-        config.dynamicSmemBytes = shared;
-        config.stream = stream;
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-    }
-};
+static pt2_cluster_launch in_clusters(const dim3 tiles, const int cluster, const size_t shared, cudaStream_t stream) {
+    const dim3 grid(tiles.x, tiles.y, tiles.z * cluster);
+    return pt2_cluster_launch({ grid, dim3(PT2_HOPPER_THREADS), shared, stream }, dim3(1, 1, cluster));
+}
 
 // How many thread blocks should share a tile. A pair of blocks counts as one, bringing the parts together as two.
 template <ggml_type type, int N> static int choose_cluster(const dim3 tiles, const int pairs, const size_t shared) {
@@ -524,7 +512,7 @@ template <ggml_type type, int N> static int choose_cluster(const dim3 tiles, con
     int64_t best_cost = INT64_MAX;
     for (int size = 1; size <= std::min(PT2_HOPPER_MAX_CLUSTER, pairs); ++size) {
         if (clusters[size] == 0) {
-            const hopper_launch launch(dim3(1, 1, 1), size, shared, nullptr);
+            const pt2_cluster_launch launch = in_clusters(dim3(1, 1, 1), size, shared, nullptr);
             CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters[size], mul_mat_hopper<type, N>, &launch.config));
         }
         const int64_t ntiles = (int64_t) tiles.x * tiles.y * tiles.z;
@@ -577,7 +565,7 @@ static void mul_mat_in_tiles(ggml_backend_cuda_context & ctx, ggml_tensor * cons
     const auto kernel = mul_mat_hopper<type, N>;
     CUDA_SET_SHARED_MEMORY_LIMIT(kernel, shared);
     args.cluster = choose_cluster<type, N>(tiles, args.pairs, shared);
-    const hopper_launch launch(tiles, args.cluster, shared, stream);
+    const pt2_cluster_launch launch = in_clusters(tiles, args.cluster, shared, stream);
     CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, args));
 }
 

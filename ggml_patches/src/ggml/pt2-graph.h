@@ -13,6 +13,11 @@ static inline bool pt2_same_activations(const struct ggml_tensor * a, const stru
     return a->src[1] == b->src[1] && ggml_mul_mat_get_perm(a) == ggml_mul_mat_get_perm(b);
 }
 
+// The tensor in whose memory it is.
+static inline const struct ggml_tensor * pt2_memory_of(const struct ggml_tensor * t) {
+    return t->view_src ? t->view_src : t;
+}
+
 static inline bool pt2_overlap(const struct ggml_tensor * a, const struct ggml_tensor * b) {
     const char * a_data = (const char *) a->data;
     const char * b_data = (const char *) b->data;
