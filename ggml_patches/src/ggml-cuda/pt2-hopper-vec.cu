@@ -7,10 +7,11 @@
 #include "pt2-barrier.cuh"
 #include "pt2-hopper.cuh"
 
-#define PT2_HOPPER_VEC_WARPS     12
-#define PT2_HOPPER_VEC_STAGES    3
-#define PT2_HOPPER_VEC_PIECES    2  // in a stage: of two rows, or of a row of weights and the same one of the gate
-#define PT2_HOPPER_VEC_MIN_LANES 24 // with fewer that have a block, pt2-mmvq.cu is as fast, and with TQ1_1 faster
+#define PT2_HOPPER_VEC_WARPS      12
+#define PT2_HOPPER_VEC_STAGES     3
+#define PT2_HOPPER_VEC_PIECES     2    // in a stage: of two rows, or of a row of weights and the same one of the gate
+#define PT2_HOPPER_VEC_MIN_BLOCKS 7500 // for a multiprocessor, unless there are two matrices
+#define PT2_HOPPER_VEC_MIN_LANES  24   // with fewer that have a block, pt2-mmvq.cu is as fast, and with TQ1_1 faster
 
 static constexpr int COPY_UNIT = 16; // bulk copies begin and end at multiples
 
@@ -197,9 +198,9 @@ template <ggml_type type, bool gated> static bool launch(mmv_args args, cudaStre
     const size_t needed = sizeof(hopper_vec_shared<type>) + (gated ? 2 : 1) * most_rows * split * sizeof(float);
     // With less than half of what a multiprocessor has, it could get two thread blocks, and another none.
     const size_t shared = std::max(needed, device.smpbo / 2 + 1024);
-    // pt2-mmvq.cu is faster with rows that one warp reads, but not with two matrices of them (docs/speed.md).
-    const bool short_rows = split == 1 && !gated;
-    if (short_rows || width < PT2_HOPPER_VEC_MIN_LANES || split > PT2_HOPPER_VEC_WARPS || shared > device.smpbo) {
+    // What can be on its way all at once is faster by pt2-mmvq.cu.
+    const bool small = !gated && int64_t(nrows) * args.nblocks < PT2_HOPPER_VEC_MIN_BLOCKS * int64_t(device.nsm);
+    if (small || width < PT2_HOPPER_VEC_MIN_LANES || split > PT2_HOPPER_VEC_WARPS || shared > device.smpbo) {
         return false;
     }
     const auto kernel = mul_mat_vec_hopper<type, gated>;

@@ -10,8 +10,6 @@
 #include "pt2-hopper.cuh"
 #include "pt2-mmvq.cuh"
 
-#define PT2_MMV_WARPS 4
-
 // A lane's activations of one block.
 template <ggml_type type> struct lane_activations {
     int q[lane_part<type>::ints];
@@ -58,19 +56,78 @@ static __device__ __forceinline__ float dot(const int (&u)[lane_part<type>::ints
     return scales.x * sum + (scales.y - scales.x) * y.s;
 }
 
+// Sums of values over a warp: lanes i * PT2_VEC_LANES / n and behind it return that of value i. With each exchange a
+// lane keeps half of the values that it had.
+template <int n, int offset = PT2_VEC_LANES / 2>
+static __device__ __forceinline__ float sums_of_warp(const float (&values)[n]) {
+    if constexpr (n == 1) {
+        return warp_reduce_sum<2 * offset>(values[0]);
+    } else {
+        const bool upper = threadIdx.x & offset;
+        float half[n / 2];
+#pragma unroll
+        for (int i = 0; i < n / 2; ++i) {
+            const float first = values[i];
+            const float second = values[i + n / 2];
+            const float others = __shfl_xor_sync(0xFFFFFFFF, upper ? first : second, offset, PT2_VEC_LANES);
+            half[i] = (upper ? second : first) + others;
+        }
+        return sums_of_warp<n / 2, offset / 2>(half);
+    }
+}
+
+static constexpr __host__ __device__ int power_of_two(const int at_least) {
+    int n = 1;
+    while (n < at_least) {
+        n *= 2;
+    }
+    return n;
+}
+
 enum gate_mode { NO_GATE, GATE_SHARES_Y, GATE_HAS_Y };
 
-template <ggml_type type, int ncols, int rows, gate_mode gated, int split>
-__launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_vec(const mmv_args args) {
-    using lanes = lane_part<type>;
-    constexpr int step = PT2_VEC_LANES / lanes::parts; // blocks of a row per warp
-    constexpr int bs = ggml_cuda_type_traits<type>::bs;
-    constexpr int matrices = gated == NO_GATE ? 1 : 2;
-    constexpr int orders = gated == GATE_HAS_Y ? 2 : 1;
-    constexpr int steps = ncols > 4 ? 1 : ncols > 1 || rows * matrices > 2 ? (lanes::steps + 1) / 2 : lanes::steps;
+// How the work is divided. rows: of a warp; split: warps for the same rows, each with a part of their blocks; resident:
+// thread blocks that a multiprocessor must have registers for.
+template <ggml_type type_, int ncols_, gate_mode gated_, int rows_, int split_, int resident_> struct mmv_shape {
+    using lanes = lane_part<type_>;
+    static constexpr ggml_type type = type_;
+    static constexpr int ncols = ncols_;
+    static constexpr gate_mode gated = gated_;
+    static constexpr int rows = rows_;
+    static constexpr int split = split_;
+    static constexpr int resident = resident_;
 
+    static constexpr int matrices = gated == NO_GATE ? 1 : 2;
+    static constexpr int warps = split == 1 ? 4 : 2 * split;
+    static constexpr int rows_of_block = warps / split * rows;
+
+    // A warp's lanes have a group of blocks of a row. It loads so many groups of each row before it computes that they
+    // take 24 registers (TQ1_1: 20), or half of that where activations take the others.
+    static constexpr int group = PT2_VEC_LANES / lanes::parts;
+    static constexpr int of_rows =
+        rows * matrices <= 2 ? lanes::steps : (2 * lanes::steps + rows * matrices - 1) / (rows * matrices);
+    static constexpr int steps = ncols == 1 ? of_rows : ncols <= 4 ? (lanes::steps + 1) / 2 : 1;
+    static constexpr int pass = split * steps * group; // blocks of a row at a time
+};
+
+template <typename shape>
+__launch_bounds__(shape::warps * PT2_VEC_LANES, shape::resident) static __global__
+    void mul_mat_vec(const mmv_args args) {
+    constexpr ggml_type type = shape::type;
+    constexpr gate_mode gated = shape::gated;
+    constexpr int ncols = shape::ncols;
+    constexpr int rows = shape::rows;
+    constexpr int split = shape::split;
+    constexpr int matrices = shape::matrices;
+    constexpr int steps = shape::steps;
+    constexpr int step = shape::group;
+    constexpr int orders = gated == GATE_HAS_Y ? 2 : 1;
+    constexpr int bs = ggml_cuda_type_traits<type>::bs;
+    using lanes = lane_part<type>;
+
+    ggml_cuda_pdl_lc();
     const pt2_product & product = args.group.of(blockIdx.x);
-    const int row0 = ((blockIdx.x - product.first_block) * (PT2_MMV_WARPS / split) + threadIdx.y / split) * rows;
+    const int row0 = (blockIdx.x - product.first_block) * shape::rows_of_block + threadIdx.y / split * rows;
     if (split == 1 && row0 >= product.nrows) {
         return;
     }
@@ -91,14 +148,17 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
         y_row = (blockIdx.z * args.ne12.z + blockIdx.y) * args.stride_y;
     }
 
-    const char * x[matrices][rows];
+    const int last_row = product.nrows - 1; // computed more than once, where there are not enough rows
+    const int first_row = min(row0, last_row);
+    const char * x[matrices];
+    x[0] = product.x + x_offset + first_row * args.nb01;
+    if constexpr (gated != NO_GATE) {
+        x[1] = args.gate + x_offset + first_row * args.nb01;
+    }
+    uint32_t to_row[rows];
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
-        const int64_t offset = x_offset + min(row0 + i, product.nrows - 1) * args.nb01;
-        x[0][i] = product.x + offset;
-        if constexpr (gated != NO_GATE) {
-            x[1][i] = args.gate + offset;
-        }
+        to_row[i] = min(i, last_row - first_row) * (uint32_t) args.nb01;
     }
 
     // This lane's part of the group of blocks that begins at ib. Behind the row's end there are only
@@ -112,7 +172,7 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
             for (int m = 0; m < matrices; ++m) {
 #pragma unroll
                 for (int i = 0; i < rows; ++i) {
-                    w[t][m][i].load(x[m][i] + at, part);
+                    w[t][m][i].load(x[m] + (to_row[i] + at), part);
                 }
             }
         }
@@ -122,7 +182,6 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
     if (!args.ids) {
         ggml_cuda_pdl_sync();
     }
-    ggml_cuda_pdl_lc();
 
     const int8_t * y[orders];
     const pt2_vec_scales * ys[orders];
@@ -133,13 +192,19 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
         ys[1] = args.ys_gate + y_row * args.nblocks_y + first + ib0;
     }
 
-    float sum[matrices][ncols][rows] = { { { 0.0f } } };
+    // of a gate behind the others
+    constexpr int nsums = power_of_two(matrices * ncols * rows);
+    float sums[nsums] = { 0.0f };
     for (int ib = first; ib < args.nblocks;) { // the same in all lanes
 #pragma unroll
         for (int t = 0; t < steps; ++t) {
-            if (t > 0 && ib + t * step >= args.nblocks) {
+            // Behind the row's end the last group counts as zeros, so that no branch keeps its loads from starting
+            // early; many columns would be too much to compute in vain.
+            const bool inside = t == 0 || ib + t * step < args.nblocks;
+            if (ncols > 1 && !inside) {
                 break;
             }
+            const int group = inside ? t * step : args.nblocks_y - step - ib;
             int u[matrices][rows][lanes::ints];
             float2 scales[matrices][rows];
 #pragma unroll
@@ -147,7 +212,7 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
 #pragma unroll
                 for (int i = 0; i < rows; ++i) {
                     w[t][m][i].digits(u[m][i], part);
-                    scales[m][i] = __half22float2(w[t][m][i].scales);
+                    scales[m][i] = inside ? __half22float2(w[t][m][i].scales) : make_float2(0.0f, 0.0f);
                 }
             }
 #pragma unroll
@@ -155,48 +220,36 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
                 lane_activations<type> activations[orders];
 #pragma unroll
                 for (int o = 0; o < orders; ++o) {
-                    activations[o].load(y[o] + j * args.nblocks_y * QK_PT2 + t * step * QK_PT2,
-                                        ys[o] + j * args.nblocks_y + t * step, part);
+                    const int to = j * args.nblocks_y + group;
+                    activations[o].load(y[o] + to * QK_PT2, ys[o] + to, part);
                 }
 #pragma unroll
                 for (int m = 0; m < matrices; ++m) {
 #pragma unroll
                     for (int i = 0; i < rows; ++i) {
-                        sum[m][j][i] += dot<type>(u[m][i], scales[m][i], activations[m % orders]);
+                        sums[(m * ncols + j) * rows + i] += dot<type>(u[m][i], scales[m][i], activations[m % orders]);
                     }
                 }
             }
         }
-        ib += split * steps * step;
+        ib += shape::pass;
 #pragma unroll
         for (int o = 0; o < orders; ++o) {
-            y[o] += split * steps * step * QK_PT2;
-            ys[o] += split * steps * step;
+            y[o] += shape::pass * QK_PT2;
+            ys[o] += shape::pass;
         }
         if (ib < args.nblocks) {
             load_weights(ib);
         }
     }
 
-#pragma unroll
-    for (int m = 0; m < matrices; ++m) {
-#pragma unroll
-        for (int j = 0; j < ncols; ++j) {
-#pragma unroll
-            for (int i = 0; i < rows; ++i) {
-                sum[m][j][i] = warp_reduce_sum<PT2_VEC_LANES>(sum[m][j][i]);
-            }
-        }
-    }
+    constexpr int lanes_of_sum = PT2_VEC_LANES / nsums;
+    const int i = threadIdx.x / lanes_of_sum;
+    float sum = sums_of_warp(sums);
     if constexpr (split > 1) {
-        constexpr int sums = matrices * ncols * rows;
-        __shared__ float of_warps[PT2_MMV_WARPS][sums];
-        float * const own = &sum[0][0][0];
-        if (threadIdx.x == 0) {
-#pragma unroll
-            for (int i = 0; i < sums; ++i) {
-                of_warps[threadIdx.y][i] = own[i];
-            }
+        __shared__ float of_warps[shape::warps][nsums];
+        if (threadIdx.x % lanes_of_sum == 0) {
+            of_warps[threadIdx.y][i] = sum;
         }
         __syncthreads();
         if (threadIdx.y % split != 0) {
@@ -204,41 +257,74 @@ __launch_bounds__(PT2_MMV_WARPS * PT2_VEC_LANES) static __global__ void mul_mat_
         }
 #pragma unroll
         for (int other = 1; other < split; ++other) {
-#pragma unroll
-            for (int i = 0; i < sums; ++i) {
-                own[i] += of_warps[threadIdx.y + other][i];
-            }
+            sum += of_warps[threadIdx.y + other][i];
         }
     }
-    if (threadIdx.x != 0) {
+    const float gate = gated == NO_GATE ? 0.0f : __shfl_down_sync(0xFFFFFFFF, sum, PT2_VEC_LANES / 2, PT2_VEC_LANES);
+    const int row = row0 + i % rows;
+    if (threadIdx.x % lanes_of_sum != 0 || i >= ncols * rows || row >= product.nrows) {
         return;
     }
-
     const int64_t offset =
         args.ids ? blockIdx.y * product.s1 + blockIdx.z * args.s2 : blockIdx.y * args.s2 + blockIdx.z * args.s3;
-#pragma unroll
-    for (int i = 0; i < rows; ++i) {
-        const int row = row0 + i;
-        if (row >= product.nrows) {
-            break;
-        }
-        const int64_t at_bias = args.ids ? expert * args.s_bias + row : offset + row;
-#pragma unroll
-        for (int j = 0; j < ncols; ++j) {
-            float result = sum[0][j][i];
-            if constexpr (ncols == 1) { // upstream fuses nothing else
-                result = finish<(gated != NO_GATE)>(args, product, result, sum[matrices - 1][j][i], at_bias);
-            }
-            product.dst[offset + j * product.s1 + row] = result;
-        }
+    if constexpr (ncols == 1) { // upstream fuses nothing else
+        sum =
+            finish<(gated != NO_GATE)>(args, product, sum, gate, args.ids ? expert * args.s_bias + row : offset + row);
+    }
+    product.dst[offset + i / rows * product.s1 + row] = sum;
+}
+
+template <typename shape> static void launch(mmv_args args, const dim3 grid_yz, cudaStream_t stream) {
+    const dim3 grid(args.group.place(shape::rows_of_block), grid_yz.y, grid_yz.z);
+    const ggml_cuda_kernel_launch_params params(grid, dim3(PT2_VEC_LANES, shape::warps, 1), (size_t) 0, stream);
+    ggml_cuda_kernel_launch(mul_mat_vec<shape>, params, args);
+}
+
+// The first of those that take the fewest waves of thread blocks and, among these, passes over a row: all weights of a
+// wave are on their way before the activations are there.
+template <typename... shapes> static void launch_best(mmv_args args, const dim3 grid_yz, cudaStream_t stream) {
+    struct candidate {
+        int64_t waves, passes;
+        void (*launch)(mmv_args, dim3, cudaStream_t);
+    };
+    const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
+    const auto up = [](const int64_t a, const int64_t b) { return (a + b - 1) / b; };
+    const auto waves = [&](const int rows_of_block, const int resident) {
+        return up(int64_t(args.group.place(rows_of_block)) * grid_yz.y * grid_yz.z, resident * nsm);
+    };
+    const candidate all[] = { { waves(shapes::rows_of_block, shapes::resident), up(args.nblocks, shapes::pass),
+                                launch<shapes> }... };
+    const auto less = [](const candidate & a, const candidate & b) {
+        return a.waves < b.waves || (a.waves == b.waves && a.passes < b.passes);
+    };
+    std::min_element(std::begin(all), std::end(all), less)->launch(args, grid_yz, stream);
+}
+
+// The shapes are what was fastest on an H200 (benchmarks/results/cuda-matvec-h200.log).
+template <ggml_type type, gate_mode gated>
+static void launch_gated(const mmv_args & args, const dim3 grid_yz, cudaStream_t stream) {
+    if constexpr (type == GGML_TYPE_TQ2_1) {
+        launch<mmv_shape<type, 1, gated, 4, 2, gated == GATE_HAS_Y ? 6 : 7>>(args, grid_yz, stream);
+    } else {
+        launch<mmv_shape<type, 1, gated, 2, 1, 6>>(args, grid_yz, stream);
     }
 }
 
-template <ggml_type type, int ncols, int rows, gate_mode gated, int split = 1>
-static void launch(mmv_args args, const dim3 grid_yz, cudaStream_t stream) {
-    const dim3 grid(args.group.place(PT2_MMV_WARPS / split * rows), grid_yz.y, grid_yz.z);
-    const ggml_cuda_kernel_launch_params params(grid, dim3(PT2_VEC_LANES, PT2_MMV_WARPS, 1), (size_t) 0, stream);
-    ggml_cuda_kernel_launch(mul_mat_vec<type, ncols, rows, gated, split>, params, args);
+template <ggml_type type, int ncols>
+static void launch_ungated(const mmv_args & args, const dim3 grid_yz, cudaStream_t stream) {
+    if constexpr (ncols == 1 && type == GGML_TYPE_TQ2_1) {
+        launch_best<mmv_shape<type, 1, NO_GATE, 4, 2, 5>, mmv_shape<type, 1, NO_GATE, 8, 3, 4>,
+                    mmv_shape<type, 1, NO_GATE, 4, 3, 3>, mmv_shape<type, 1, NO_GATE, 8, 2, 6>>(args, grid_yz, stream);
+    } else if constexpr (ncols == 1) {
+        launch_best<mmv_shape<type, 1, NO_GATE, 4, 2, 4>, mmv_shape<type, 1, NO_GATE, 4, 2, 5>,
+                    mmv_shape<type, 1, NO_GATE, 4, 3, 3>, mmv_shape<type, 1, NO_GATE, 4, 1, 4>>(args, grid_yz, stream);
+    } else if constexpr (ncols <= 4 || type == GGML_TYPE_TQ2_1) {
+        launch_best<mmv_shape<type, ncols, NO_GATE, 2, 1, 4>, mmv_shape<type, ncols, NO_GATE, 2, 2, 4>,
+                    mmv_shape<type, ncols, NO_GATE, 2, 1, 5>>(args, grid_yz, stream);
+    } else { // that need their registers
+        launch_best<mmv_shape<type, ncols, NO_GATE, 2, 1, 4>, mmv_shape<type, ncols, NO_GATE, 2, 2, 4>>(args, grid_yz,
+                                                                                                        stream);
+    }
 }
 
 template <ggml_type type>
@@ -246,55 +332,36 @@ static void launch_for(const mmv_args & args, const int ncols, const dim3 grid_y
     if (ncols == 1 && grid_yz.y * grid_yz.z == 1 && pt2_mul_mat_vec_hopper(type, args, stream)) {
         return;
     }
-    // More rows per warp share the loads of the activations, but then there are fewer warps: of few rows and many
-    // columns two warps take a half each. (What is fastest on an H200: benchmarks/results/cuda-matvec-h200.log.)
-    const int64_t nrows = args.group.nrows() * grid_yz.y * grid_yz.z;
-    const int64_t nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
-    const bool many = nrows >= 16 * nsm;
     if (args.gate) {
         GGML_ASSERT(ncols == 1);
-        if (args.y == args.y_gate) {
-            many ? launch<type, 1, 2, GATE_SHARES_Y>(args, grid_yz, stream)
-                 : launch<type, 1, 1, GATE_SHARES_Y>(args, grid_yz, stream);
-        } else {
-            many ? launch<type, 1, 2, GATE_HAS_Y>(args, grid_yz, stream)
-                 : launch<type, 1, 1, GATE_HAS_Y>(args, grid_yz, stream);
-        }
+        args.y == args.y_gate ? launch_gated<type, GATE_SHARES_Y>(args, grid_yz, stream)
+                              : launch_gated<type, GATE_HAS_Y>(args, grid_yz, stream);
         return;
     }
     switch (ncols) {
     case 1:
-        if (!many) {
-            launch<type, 1, 1, NO_GATE>(args, grid_yz, stream);
-        } else if (nrows >= 64 * nsm) {
-            // TQ1_1: unpacking is most of the work
-            launch<type, 1, type == GGML_TYPE_TQ2_1 ? 4 : 2, NO_GATE>(args, grid_yz, stream);
-        } else if (args.nblocks > (type == GGML_TYPE_TQ2_1 ? 64 : 32)) {
-            launch<type, 1, 2, NO_GATE, 2>(args, grid_yz, stream);
-        } else {
-            launch<type, 1, 2, NO_GATE>(args, grid_yz, stream);
-        }
+        launch_ungated<type, 1>(args, grid_yz, stream);
         break;
     case 2:
-        launch<type, 2, 2, NO_GATE>(args, grid_yz, stream);
+        launch_ungated<type, 2>(args, grid_yz, stream);
         break;
     case 3:
-        launch<type, 3, 2, NO_GATE>(args, grid_yz, stream);
+        launch_ungated<type, 3>(args, grid_yz, stream);
         break;
     case 4:
-        launch<type, 4, 2, NO_GATE>(args, grid_yz, stream);
+        launch_ungated<type, 4>(args, grid_yz, stream);
         break;
     case 5:
-        launch<type, 5, 2, NO_GATE>(args, grid_yz, stream);
+        launch_ungated<type, 5>(args, grid_yz, stream);
         break;
     case 6:
-        launch<type, 6, 2, NO_GATE>(args, grid_yz, stream);
+        launch_ungated<type, 6>(args, grid_yz, stream);
         break;
     case 7:
-        launch<type, 7, 2, NO_GATE>(args, grid_yz, stream);
+        launch_ungated<type, 7>(args, grid_yz, stream);
         break;
     case 8:
-        launch<type, 8, 2, NO_GATE>(args, grid_yz, stream);
+        launch_ungated<type, 8>(args, grid_yz, stream);
         break;
     default:
         GGML_ABORT("fatal error");
