@@ -100,6 +100,37 @@ static bool is_plain(const ggml_tensor * attn, const ggml_tensor * rope) {
            mask->ne[0] >= attn->src[1]->ne[1] && ggml_is_contiguous(attn);
 }
 
+// The product that alone needs the attention's result, and what is added to it. at: the node behind the attention.
+static void find_output(const ggml_cgraph * cgraph, const int at, pt2_attention & found) {
+    found.output = {};
+    int i = at;
+    ggml_tensor * product = take(cgraph, i, GGML_OP_MUL_MAT);
+    const auto once = [&](const int node) {
+        return ggml_node_get_use_count(cgraph, node) == 1 && !(cgraph->nodes[node]->flags & GGML_TENSOR_FLAG_OUTPUT);
+    };
+    for (int between = at - 1; between < i - 1; ++between) { // the attention and its views
+        if (!once(between)) {
+            return;
+        }
+    }
+    if (!product || !pt2_is_product(product) || ggml_mul_mat_get_perm(product) || !is_given(product->src[0]) ||
+        ggml_nrows(product->src[0]) != product->ne[0] || !is_all_of(product->src[1], found.attn) ||
+        ggml_nrows(product->src[1]) != 1) {
+        return;
+    }
+    found.output = { product, nullptr, product };
+    found.n_nodes_output = found.n_nodes + i - at;
+    if (ggml_can_fuse(cgraph, i - 1, { GGML_OP_MUL_MAT, GGML_OP_ADD })) {
+        ggml_tensor * add = cgraph->nodes[i];
+        const ggml_tensor * bias = add->src[0] == product ? add->src[1] : add->src[0];
+        if (bias->type == GGML_TYPE_F32 && ggml_are_same_shape(bias, product) && ggml_is_contiguous(bias)) {
+            found.output.bias = bias;
+            found.output.dst = add;
+            found.n_nodes_output += 1;
+        }
+    }
+}
+
 bool pt2_find_attention(const ggml_cgraph * cgraph, const int i, pt2_attention & found) {
     int at = i;
     const ggml_tensor * rope_q = take_rotated(cgraph, at, found.q);
@@ -113,6 +144,7 @@ bool pt2_find_attention(const ggml_cgraph * cgraph, const int i, pt2_attention &
     }
     found.v = found.set_v->src[0];
     found.n_nodes = at - i;
+    find_output(cgraph, at, found);
     const int64_t head_size = rope_q->ne[0];
     const ggml_tensor * k = found.attn->src[1];
     const ggml_tensor * v = found.attn->src[2];

@@ -1,8 +1,9 @@
 // Attention of one token in one launch: its query and key are normed and rotated, its key and value are written to
-// the cache, and its heads attend to all that is there.
+// the cache, and its heads attend to all that is there. Where only a product needs their result, it is quantized for
+// it.
 #pragma once
 
-#include "pt2-cuda.cuh"
+#include "pt2-group.cuh"
 
 // A query or key, [head size, heads], before its norm and rotation.
 struct pt2_heads {
@@ -19,6 +20,8 @@ struct pt2_attention {
     const ggml_tensor * set_v;
     ggml_tensor * attn; // FLASH_ATTN_EXT
     int n_nodes;        // that it replaces
+    pt2_biased output;  // the only product of its result, or product is NULL
+    int n_nodes_output; // with the product
 };
 
 // Whether nodes from i on are one token's attention.

@@ -166,8 +166,10 @@ int ggml_cuda_pt2_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
         return 0;
     }
     pt2_attention attention;
-    if (pt2_find_attention(cgraph, i, attention) && pt2_attend_hopper(ctx, attention)) {
-        return attention.n_nodes - 1;
+    if (pt2_find_attention(cgraph, i, attention)) {
+        if (const int n_nodes = pt2_attend_hopper(ctx, attention)) {
+            return n_nodes - 1;
+        }
     }
     pt2_norm norm;
     if (is_norm(cgraph, i, norm)) {

@@ -58,7 +58,7 @@ struct pt2_group {
     }
 };
 
-// A MUL_MAT, and the ADD behind it if that adds a weight.
+// A MUL_MAT, and the ADD behind it if there is a bias.
 struct pt2_biased {
     ggml_tensor * product;
     const ggml_tensor * bias; // or NULL
@@ -88,7 +88,22 @@ void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, const pt2_biased * p
 // The GLU of two products, src[0] and src[1], of one column.
 void pt2_mul_mat_vec_glu(ggml_backend_cuda_context & ctx, ggml_tensor * glu, const pt2_norm & norm);
 
+// Quantized activations of a matvec, in memory of the context's pool.
+struct pt2_vec_activations {
+    const ggml_type type; // of the weights
+    const int64_t nblocks, nblocks_padded, nrows;
+    ggml_cuda_pool_alloc<int8_t> memory;
+    int8_t * const qs;
+    pt2_vec_scales * const scales;
+
+    pt2_vec_activations(ggml_backend_cuda_context & ctx, ggml_type type, int64_t nblocks, int64_t nrows);
+};
+
 // Of x or, unless norm is NULL, of x's norm. perms: up to two different column orders (NULL: as they are), for one set
 // of rows each.
-void pt2_quantize_vec(ggml_type type, const ggml_tensor * x, const pt2_norm * norm, const ggml_tensor * const * perms,
-                      int n_perms, int8_t * qs, pt2_vec_scales * scales, cudaStream_t stream);
+void pt2_quantize_vec(const ggml_tensor * x, const pt2_norm * norm, const ggml_tensor * const * perms, int n_perms,
+                      const pt2_vec_activations & y, cudaStream_t stream);
+
+// A MUL_MAT of one column whose activations are quantized already.
+void pt2_mul_mat_vec_quantized(ggml_backend_cuda_context & ctx, const pt2_biased & product,
+                               const pt2_vec_activations & y);

@@ -6,8 +6,11 @@
 // loaded while the kernel before, which computes the new ones, is still running.
 #include "pt2-graph.h"
 #include "pt2-hopper.cuh"
+#include "pt2-quantize.cuh"
 
 #include <cooperative_groups.h>
+
+#include <optional>
 
 namespace cg = cooperative_groups;
 
@@ -43,7 +46,11 @@ struct attention_args {
     const half * mask;
     float scale;
     int ntokens, heads_per_key;
-    float * dst;
+    float * dst; // or NULL: the result is quantized
+    ggml_type quantized_for;
+    int nblocks, nblocks_padded;
+    int8_t * qs;
+    pt2_vec_scales * scales;
 };
 
 // What a team, a warp or a thread block has of a head: sum is of exp2(score - max) times values.
@@ -106,6 +113,23 @@ static __device__ __forceinline__ part_of_element bring_together(const part_of_h
         whole.sum += factor * parts[i * stride].sum[element];
     }
     return whole;
+}
+
+// The whole result of a thread block's heads, as a row's blocks from the first on.
+template <ggml_type type>
+static __device__ __forceinline__ void quantize_heads(const attention_args & args, const float * result,
+                                                      const int first, const int n) {
+    const auto store = [&](const int block, const float4 x) {
+        store_quantized<type>(x, threadIdx.x, block, args.qs, args.scales);
+    };
+    for (int i = threadIdx.y; i < n; i += PT2_ATTENTION_WARPS) {
+        store(first + i, *(const float4 *) (result + i * QK_PT2 + 4 * threadIdx.x));
+    }
+    if (first + n == args.nblocks) {
+        for (int i = args.nblocks + threadIdx.y; i < args.nblocks_padded; i += PT2_ATTENTION_WARPS) {
+            store(i, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        }
+    }
 }
 
 template <int D, int heads>
@@ -322,7 +346,22 @@ __launch_bounds__(PT2_ATTENTION_WARPS * WARP_SIZE) static __global__ void attend
     }
     for (int i = thread; i < heads * D; i += PT2_ATTENTION_WARPS * WARP_SIZE) {
         const part_of_element whole = bring_together(&shared.of_blocks[0][i / D], heads, size, i % D);
-        args.dst[first_head * D + i] = whole.sum / whole.norm;
+        const float result = whole.sum / whole.norm;
+        if (args.dst) {
+            args.dst[first_head * D + i] = result;
+        } else {
+            shared.q[i / D][i % D] = result;
+        }
+    }
+    if (args.dst) {
+        return;
+    }
+    __syncthreads();
+    const int first_block = first_head * D / QK_PT2;
+    if (args.quantized_for == GGML_TYPE_TQ2_1) {
+        quantize_heads<GGML_TYPE_TQ2_1>(args, shared.q[0], first_block, heads * D / QK_PT2);
+    } else {
+        quantize_heads<GGML_TYPE_TQ1_1>(args, shared.q[0], first_block, heads * D / QK_PT2);
     }
 #else
     GGML_UNUSED(args);
@@ -339,8 +378,13 @@ static void launch(const attention_args & args, const int groups, const int clus
     CUDA_CHECK(cudaLaunchKernelEx(&launch.config, attend<D, heads>, args));
 }
 
+// Query heads of a thread block.
+static int heads_at_once(const int heads_per_key) {
+    return heads_per_key % 4 == 0 ? 4 : heads_per_key % 2 == 0 ? 2 : 1;
+}
+
 template <int D> static void launch_for(const attention_args & args, const int nheads, cudaStream_t stream) {
-    const int heads = args.heads_per_key % 4 == 0 ? 4 : args.heads_per_key % 2 == 0 ? 2 : 1;
+    const int heads = heads_at_once(args.heads_per_key);
     const int groups = nheads / heads;
     const int at_once = PT2_ATTENTION_WARPS * WARP_SIZE / (D / PER_LANE) * PT2_ATTENTION_TOKENS; // of a thread block
     // At most as many thread blocks as there are multiprocessors: more are not faster.
@@ -363,7 +407,7 @@ bool pt2_attends_hopper(const int device) {
     return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER;
 }
 
-bool pt2_attend_hopper(ggml_backend_cuda_context & ctx, const pt2_attention & a) {
+int pt2_attend_hopper(ggml_backend_cuda_context & ctx, const pt2_attention & a) {
     const ggml_tensor * keys = a.attn->src[1];
     const ggml_tensor * values = a.attn->src[2];
     const int head_size = keys->ne[0];
@@ -373,7 +417,7 @@ bool pt2_attend_hopper(ggml_backend_cuda_context & ctx, const pt2_attention & a)
     // another thread block may still be reading
     pt2_for_each_input(a, [&](const ggml_tensor * t) { fits = fits && !pt2_overlap(t, a.attn); });
     if (!fits) {
-        return false;
+        return 0;
     }
 
     attention_args args = {};
@@ -405,11 +449,28 @@ bool pt2_attend_hopper(ggml_backend_cuda_context & ctx, const pt2_attention & a)
     args.scale = ggml_get_op_params_f32(a.attn, 0);
     args.ntokens = keys->ne[1];
     args.heads_per_key = a.q.x->ne[1] / keys->ne[2];
-    args.dst = (float *) a.attn->data;
+
+    std::optional<pt2_vec_activations> quantized;
+    const ggml_tensor * product = a.output.product;
+    if (product && heads_at_once(args.heads_per_key) * head_size % QK_PT2 == 0) { // no block of two thread blocks
+        const ggml_tensor * weights = product->src[0];
+        quantized.emplace(ctx, weights->type, weights->ne[0] / QK_PT2, 1);
+        args.quantized_for = quantized->type;
+        args.nblocks = quantized->nblocks;
+        args.nblocks_padded = quantized->nblocks_padded;
+        args.qs = quantized->qs;
+        args.scales = quantized->scales;
+    } else {
+        args.dst = (float *) a.attn->data;
+    }
     if (head_size == 64) {
         launch_for<64>(args, a.q.x->ne[1], ctx.stream());
     } else {
         launch_for<128>(args, a.q.x->ne[1], ctx.stream());
     }
-    return true;
+    if (!quantized) {
+        return a.n_nodes;
+    }
+    pt2_mul_mat_vec_quantized(ctx, a.output, *quantized);
+    return a.n_nodes_output;
 }

@@ -5,8 +5,8 @@
 #include "pt2-mmvq.cuh"
 
 // pt2_mul_mat_hopper, many columns: products of the same activations, type and column order.
-// pt2_mul_mat_vec_hopper, one column. pt2_attend_hopper, one token. All return false for what is not for them.
-// pt2_attends_hopper: whether a device could be asked for the latter.
+// pt2_mul_mat_vec_hopper, one column. Both return false for what is not for them. pt2_attend_hopper, one token: how
+// many nodes it computed, or 0. pt2_attends_hopper: whether a device could be asked for it.
 #if defined(PT2_HOPPER) // the compiler knows sm_90a
 // A launch of thread blocks in clusters.
 struct pt2_cluster_launch {
@@ -43,7 +43,7 @@ struct pt2_cluster_launch {
 bool pt2_mul_mat_hopper(ggml_backend_cuda_context & ctx, ggml_tensor * const * dsts, int n);
 bool pt2_mul_mat_vec_hopper(ggml_type type, const mmv_args & args, cudaStream_t stream);
 bool pt2_attends_hopper(int device);
-bool pt2_attend_hopper(ggml_backend_cuda_context & ctx, const pt2_attention & attention);
+int pt2_attend_hopper(ggml_backend_cuda_context & ctx, const pt2_attention & attention);
 #else
 static inline bool pt2_mul_mat_hopper(ggml_backend_cuda_context &, ggml_tensor * const *, int) {
     return false;
@@ -54,7 +54,7 @@ static inline bool pt2_mul_mat_vec_hopper(ggml_type, const mmv_args &, cudaStrea
 static inline bool pt2_attends_hopper(int) {
     return false;
 }
-static inline bool pt2_attend_hopper(ggml_backend_cuda_context &, const pt2_attention &) {
-    return false;
+static inline int pt2_attend_hopper(ggml_backend_cuda_context &, const pt2_attention &) {
+    return 0;
 }
 #endif

@@ -10,6 +10,9 @@
 #include "pt2-hopper.cuh"
 #include "pt2-mmvq.cuh"
 
+#include <algorithm>
+#include <tuple>
+
 // A lane's activations of one block.
 template <ggml_type type> struct lane_activations {
     int q[lane_part<type>::ints];
@@ -281,23 +284,25 @@ template <typename shape> static void launch(mmv_args args, const dim3 grid_yz, 
 }
 
 // The first of those that take the fewest waves of thread blocks and, among these, passes over a row: all weights of a
-// wave are on their way before the activations are there.
+// wave are on their way before the activations are there. What is done in one pass leaves room for the next kernel.
 template <typename... shapes> static void launch_best(mmv_args args, const dim3 grid_yz, cudaStream_t stream) {
     struct candidate {
         int64_t waves, passes;
+        bool crowded;
         void (*launch)(mmv_args, dim3, cudaStream_t);
     };
-    const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
-    const auto up = [](const int64_t a, const int64_t b) { return (a + b - 1) / b; };
-    const auto waves = [&](const int rows_of_block, const int resident) {
-        return up(int64_t(args.group.place(rows_of_block)) * grid_yz.y * grid_yz.z, resident * nsm);
+    const int64_t nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
+    const auto of_shape = [&](const int rows_of_block, const int resident, const int pass, const auto launch) {
+        const int64_t blocks = int64_t(args.group.place(rows_of_block)) * grid_yz.y * grid_yz.z;
+        const int64_t at_once = resident * nsm;
+        const int64_t passes = (args.nblocks + pass - 1) / pass;
+        return candidate{ (blocks + at_once - 1) / at_once, passes, passes == 1 && 4 * blocks > 3 * at_once, launch };
     };
-    const candidate all[] = { { waves(shapes::rows_of_block, shapes::resident), up(args.nblocks, shapes::pass),
-                                launch<shapes> }... };
-    const auto less = [](const candidate & a, const candidate & b) {
-        return a.waves < b.waves || (a.waves == b.waves && a.passes < b.passes);
+    const candidate all[] = { of_shape(shapes::rows_of_block, shapes::resident, shapes::pass, launch<shapes>)... };
+    const auto better = [](const candidate & a, const candidate & b) {
+        return std::tie(a.waves, a.passes, a.crowded) < std::tie(b.waves, b.passes, b.crowded);
     };
-    std::min_element(std::begin(all), std::end(all), less)->launch(args, grid_yz, stream);
+    std::min_element(std::begin(all), std::end(all), better)->launch(args, grid_yz, stream);
 }
 
 // The shapes are what was fastest on an H200 (benchmarks/results/cuda-matvec-h200.log).
@@ -313,8 +318,9 @@ static void launch_gated(const mmv_args & args, const dim3 grid_yz, cudaStream_t
 template <ggml_type type, int ncols>
 static void launch_ungated(const mmv_args & args, const dim3 grid_yz, cudaStream_t stream) {
     if constexpr (ncols == 1 && type == GGML_TYPE_TQ2_1) {
-        launch_best<mmv_shape<type, 1, NO_GATE, 4, 2, 5>, mmv_shape<type, 1, NO_GATE, 8, 3, 4>,
-                    mmv_shape<type, 1, NO_GATE, 4, 3, 3>, mmv_shape<type, 1, NO_GATE, 8, 2, 6>>(args, grid_yz, stream);
+        launch_best<mmv_shape<type, 1, NO_GATE, 8, 3, 4>, mmv_shape<type, 1, NO_GATE, 4, 2, 5>,
+                    mmv_shape<type, 1, NO_GATE, 4, 3, 3>, mmv_shape<type, 1, NO_GATE, 4, 2, 6>,
+                    mmv_shape<type, 1, NO_GATE, 8, 2, 6>>(args, grid_yz, stream);
     } else if constexpr (ncols == 1) {
         launch_best<mmv_shape<type, 1, NO_GATE, 4, 2, 4>, mmv_shape<type, 1, NO_GATE, 4, 2, 5>,
                     mmv_shape<type, 1, NO_GATE, 4, 3, 3>, mmv_shape<type, 1, NO_GATE, 4, 1, 4>>(args, grid_yz, stream);
@@ -383,41 +389,28 @@ static const ggml_tensor * find_mul_mat(const ggml_tensor * node, const ggml_ten
 }
 
 // node: a product of the group, all of which have its activations, type and column order; dst: as node's result, or
-// what fusion makes of it; norm: what the activations are, if they are not computed yet, or NULL.
+// what fusion makes of it; y: the activations, in the gate's column order behind the other if that is another.
 static void multiply(ggml_backend_cuda_context & ctx, const pt2_group & group, const ggml_tensor * node,
-                     const ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion, const pt2_norm * norm) {
+                     const ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion,
+                     const pt2_vec_activations & y) {
     const ggml_tensor * src0 = node->src[0];
-    const ggml_tensor * src1 = norm ? norm->x : node->src[1];
-    GGML_ASSERT(src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32);
-    GGML_ASSERT(!fusion || (!fusion->x_scale && !fusion->gate_scale));
+    const ggml_tensor * src1 = node->src[1];
     const ggml_tensor * ids = node->op == GGML_OP_MUL_MAT_ID ? node->src[2] : nullptr;
     const ggml_tensor * gate = fusion ? fusion->gate : nullptr;
-    const ggml_tensor * perms[2] = { ggml_mul_mat_get_perm(node), nullptr };
-    int n_perms = 1;
-    if (gate) {
-        const ggml_tensor * gate_node = find_mul_mat(dst, gate);
-        GGML_ASSERT(gate_node && gate_node->src[1] == node->src[1] && ggml_are_same_stride(gate, src0));
-        perms[1] = ggml_mul_mat_get_perm(gate_node);
-        n_perms = perms[0] == perms[1] ? 1 : 2;
-    }
+    GGML_ASSERT(dst->type == GGML_TYPE_F32);
+    GGML_ASSERT(!fusion || (!fusion->x_scale && !fusion->gate_scale));
     cudaStream_t stream = ctx.stream();
-
-    const int64_t nblocks = src0->ne[0] / QK_PT2;
-    const int64_t nblocks_y = pt2_vec_padded_blocks(src0->type, nblocks);
-    const int64_t y_blocks = nblocks_y * ggml_nrows(src1);
-    ggml_cuda_pool_alloc<int8_t> y(ctx.pool(), y_blocks * n_perms * (QK_PT2 + sizeof(pt2_vec_scales)));
-    pt2_vec_scales * scales = (pt2_vec_scales *) (y.get() + QK_PT2 * y_blocks * n_perms);
-    pt2_quantize_vec(src0->type, src1, norm, perms, n_perms, y.get(), scales, stream);
+    const int64_t to_gate = (y.nrows - ggml_nrows(src1)) * y.nblocks_padded;
 
     mmv_args args = {};
     args.group = group;
     args.gate = gate ? (const char *) gate->data : nullptr;
-    args.y = y.get();
-    args.y_gate = y.get() + (n_perms - 1) * QK_PT2 * y_blocks;
-    args.ys = scales;
-    args.ys_gate = scales + (n_perms - 1) * y_blocks;
-    args.nblocks = nblocks;
-    args.nblocks_y = nblocks_y;
+    args.y = y.qs;
+    args.y_gate = y.qs + to_gate * QK_PT2;
+    args.ys = y.scales;
+    args.ys_gate = y.scales + to_gate;
+    args.nblocks = y.nblocks;
+    args.nblocks_y = y.nblocks_padded;
     args.nb01 = src0->nb[1];
     args.nb02 = src0->nb[2];
     args.nb03 = src0->nb[3];
@@ -455,13 +448,33 @@ static void multiply(ggml_backend_cuda_context & ctx, const pt2_group & group, c
     }
 }
 
+// norm: what the activations are, if they are not computed yet, or NULL.
+static void quantize_and_multiply(ggml_backend_cuda_context & ctx, const pt2_group & group, const ggml_tensor * node,
+                                  const ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion,
+                                  const pt2_norm * norm) {
+    const ggml_tensor * src0 = node->src[0];
+    const ggml_tensor * src1 = norm ? norm->x : node->src[1];
+    GGML_ASSERT(src1->type == GGML_TYPE_F32);
+    const ggml_tensor * perms[2] = { ggml_mul_mat_get_perm(node), nullptr };
+    int n_perms = 1;
+    if (fusion && fusion->gate) {
+        const ggml_tensor * gate_node = find_mul_mat(dst, fusion->gate);
+        GGML_ASSERT(gate_node && gate_node->src[1] == node->src[1] && ggml_are_same_stride(fusion->gate, src0));
+        perms[1] = ggml_mul_mat_get_perm(gate_node);
+        n_perms = perms[0] == perms[1] ? 1 : 2;
+    }
+    const pt2_vec_activations y(ctx, src0->type, src0->ne[0] / QK_PT2, ggml_nrows(src1) * n_perms);
+    pt2_quantize_vec(src1, norm, perms, n_perms, y, ctx.stream());
+    multiply(ctx, group, node, dst, fusion, y);
+}
+
 void ggml_cuda_pt2_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1,
                                ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion) {
     const ggml_tensor * node = find_mul_mat(dst, src0);
     GGML_ASSERT(node && node->src[1] == src1);
     pt2_group group;
     group.add(src0, dst, fusion ? fusion->x_bias : nullptr);
-    multiply(ctx, group, node, dst, fusion, nullptr);
+    quantize_and_multiply(ctx, group, node, dst, fusion, nullptr);
 }
 
 void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, const pt2_biased * products, const int n,
@@ -470,7 +483,14 @@ void pt2_mul_mat_vec_group(ggml_backend_cuda_context & ctx, const pt2_biased * p
     for (int i = 0; i < n; ++i) {
         group.add(products[i].product->src[0], products[i].dst, products[i].bias);
     }
-    multiply(ctx, group, products[0].product, products[0].dst, nullptr, norm);
+    quantize_and_multiply(ctx, group, products[0].product, products[0].dst, nullptr, norm);
+}
+
+void pt2_mul_mat_vec_quantized(ggml_backend_cuda_context & ctx, const pt2_biased & product,
+                               const pt2_vec_activations & y) {
+    pt2_group group;
+    group.add(product.product->src[0], product.dst, product.bias);
+    multiply(ctx, group, product.product, product.dst, nullptr, y);
 }
 
 void pt2_mul_mat_vec_glu(ggml_backend_cuda_context & ctx, ggml_tensor * glu, const pt2_norm & norm) {
@@ -482,7 +502,7 @@ void pt2_mul_mat_vec_glu(ggml_backend_cuda_context & ctx, ggml_tensor * glu, con
     fusion.glu_limit = ggml_get_op_params_f32(glu, 3);
     pt2_group group;
     group.add(up->src[0], glu);
-    multiply(ctx, group, up, glu, &fusion, &norm);
+    quantize_and_multiply(ctx, group, up, glu, &fusion, &norm);
 }
 
 // The matmul reads whole pairs of blocks. Behind a row there is another, or padding that holds

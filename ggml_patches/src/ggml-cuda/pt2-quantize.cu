@@ -1,46 +1,10 @@
-// Activations to 8 bits, their columns gathered on the way. One warp per 128 columns, four columns
-// per lane. Scales belong to 32 columns, or to the digit planes of a TQ1_1 block (24 columns).
+// Activations to 8 bits, their columns gathered on the way, or normed. One warp per 128 columns.
 #include "mmq.cuh"
 #include "pt2-group.cuh"
+#include "pt2-quantize.cuh"
 
 #define PT2_QUANTIZE_WARPS 4
 #define PT2_NORM_WARPS     8 // all of which read the whole row
-
-// The largest absolute value or the sum among the lanes that share a scale.
-static __device__ __forceinline__ float max_of_lanes(float v, const int first, const int n) {
-    float max = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-        max = fmaxf(max, __shfl_sync(0xFFFFFFFF, v, first + i % n, WARP_SIZE));
-    }
-    return max;
-}
-
-static __device__ __forceinline__ int sum_of_lanes(int v, const int first, const int n) {
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-        const int other = __shfl_sync(0xFFFFFFFF, v, first + i % n, WARP_SIZE);
-        sum += i < n ? other : 0;
-    }
-    return sum;
-}
-
-static __device__ __forceinline__ float max_of_eight(float v) {
-#pragma unroll
-    for (int offset = 4; offset > 0; offset >>= 1) {
-        v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFF, v, offset, WARP_SIZE));
-    }
-    return v;
-}
-
-static __device__ __forceinline__ int sum_of_eight(int v) {
-#pragma unroll
-    for (int offset = 4; offset > 0; offset >>= 1) {
-        v += __shfl_xor_sync(0xFFFFFFFF, v, offset, WARP_SIZE);
-    }
-    return v;
-}
 
 static __device__ __forceinline__ int4 load_columns(const int32_t * perm, const int column) {
     return perm ? *(const int4 *) (perm + column) : make_int4(column, column + 1, column + 2, column + 3);
@@ -48,22 +12,6 @@ static __device__ __forceinline__ int4 load_columns(const int32_t * perm, const 
 
 static __device__ __forceinline__ float4 load_x(const float * x, const int4 columns) {
     return make_float4(x[columns.x], x[columns.y], x[columns.z], x[columns.w]);
-}
-
-static __device__ __forceinline__ float abs_max(const float4 x) {
-    return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
-}
-
-static __device__ __forceinline__ char4 quantize(const float4 x, const float d) {
-    const float inverse = d > 0.0f ? 1.0f / d : 0.0f;
-    const auto round = [inverse](const float v) {
-        return (signed char) max(-127, min(127, __float2int_rn(v * inverse)));
-    };
-    return make_char4(round(x.x), round(x.y), round(x.z), round(x.w));
-}
-
-static __device__ __forceinline__ int sum(const char4 q) {
-    return q.x + q.y + q.z + q.w;
 }
 
 // The factor of a row's RMS norm. Every thread block finds it for itself.
@@ -125,58 +73,22 @@ static __global__ void quantize_vec(const float * x_ptr, const int32_t * perm0, 
                          factor * xi.w * weight.w);
     }
     const int64_t first_block = ((int64_t) blockIdx.z * gridDim.y + blockIdx.y) * nblocks_padded;
-    qs += QK_PT2 * first_block;
-    scales += first_block + ib;
-    // this lane's columns are an int of the matvec's lane part
-    const auto store = [&](const int part, const int i, const char4 q) {
-        *(char4 *) (qs + pt2_vec_offset(type, ib, part, i / 4) + i % 4 * 4) = q;
-    };
-
-    if constexpr (type == GGML_TYPE_TQ2_1) {
-        // a lane of the matvec: two ints of every plane
-        const int plane = lane / 8;
-        const float d = max_of_eight(abs_max(xi)) / 127.0f;
-        const char4 q = quantize(xi, d);
-        const int s = sum_of_eight(sum(q));
-        const float own = (float) s * d;
-        const float other = __shfl_xor_sync(0xFFFFFFFF, own, 8, WARP_SIZE);
-        store(lane % 8 / 2, 2 * plane + lane % 2, q);
-        if (lane % 8 == 0) {
-            scales->d[plane] = d / (1 << 2 * plane);
-            if (plane % 2 == 0) {
-                scales->s[plane / 2] = 0.5f * (own + other); // two lanes of the matvec add it
-            }
-        }
-    } else {
-        // a lane of the matvec: three ints of every plane and one of the tail
-        const bool tail = lane >= 30;
-        const int plane = lane / 6;
-        const int word = lane % 6;
-        const int first = 6 * plane;
-        const int n = tail ? 2 : 6;
-        const float d = max_of_lanes(abs_max(xi), first, n) / 127.0f;
-        const char4 q = quantize(xi, d);
-        const float s = (float) sum_of_lanes(sum(q), first, n) * d;
-        store(tail ? word : word / 3, tail ? 15 : 3 * plane + word % 3, q);
-        float total = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 6; ++i) {
-            total += __shfl_sync(0xFFFFFFFF, s, 6 * i, WARP_SIZE);
-        }
-        if (word == 0) {
-            scales->d[plane] = d;
-        }
-        if (lane < 2) {
-            scales->s[lane] = 0.5f * total;
-        }
-    }
+    store_quantized<type>(xi, lane, ib, qs + QK_PT2 * first_block, scales + first_block);
 }
 
-void pt2_quantize_vec(ggml_type type, const ggml_tensor * x, const pt2_norm * norm, const ggml_tensor * const * perms,
-                      int n_perms, int8_t * qs, pt2_vec_scales * scales, cudaStream_t stream) {
-    const int nblocks = x->ne[0] / QK_PT2;
+pt2_vec_activations::pt2_vec_activations(ggml_backend_cuda_context & ctx, const ggml_type type, const int64_t nblocks,
+                                         const int64_t nrows)
+    : type(type), nblocks(nblocks), nblocks_padded(pt2_vec_padded_blocks(type, nblocks)), nrows(nrows),
+      memory(ctx.pool(), nblocks_padded * nrows * (QK_PT2 + sizeof(pt2_vec_scales))), qs(memory.get()),
+      scales((pt2_vec_scales *) (qs + QK_PT2 * nblocks_padded * nrows)) {
+}
+
+void pt2_quantize_vec(const ggml_tensor * x, const pt2_norm * norm, const ggml_tensor * const * perms,
+                      const int n_perms, const pt2_vec_activations & y, cudaStream_t stream) {
+    const ggml_type type = y.type;
+    const int nblocks = y.nblocks;
     const int64_t channels = x->ne[2] * x->ne[3];
-    const int nblocks_padded = pt2_vec_padded_blocks(type, nblocks);
+    const int nblocks_padded = y.nblocks_padded;
     const int warps = norm ? PT2_NORM_WARPS : PT2_QUANTIZE_WARPS;
     const dim3 grid((nblocks_padded + warps - 1) / warps, x->ne[1], channels * n_perms);
     const dim3 block(WARP_SIZE, warps, 1);
@@ -185,7 +97,7 @@ void pt2_quantize_vec(ggml_type type, const ggml_tensor * x, const pt2_norm * no
     const auto of_type = [&](const auto tq2_1, const auto tq1_1) { return type == GGML_TYPE_TQ2_1 ? tq2_1 : tq1_1; };
     const auto kernel = norm ? of_type(quantize_vec<GGML_TYPE_TQ2_1, true>, quantize_vec<GGML_TYPE_TQ1_1, true>)
                              : of_type(quantize_vec<GGML_TYPE_TQ2_1, false>, quantize_vec<GGML_TYPE_TQ1_1, false>);
-    ggml_cuda_kernel_launch(kernel, params, (const float *) x->data, perm(0), perm(1), qs, scales, nblocks,
+    ggml_cuda_kernel_launch(kernel, params, (const float *) x->data, perm(0), perm(1), y.qs, y.scales, nblocks,
                             init_fastdiv_values(x->ne[2]), (int64_t) (x->nb[1] / sizeof(float)),
                             (int64_t) (x->nb[2] / sizeof(float)), (int64_t) (x->nb[3] / sizeof(float)),
                             (uint32_t) channels, norm ? (const float *) norm->weight->data : nullptr,
