@@ -2,16 +2,18 @@
 // are so many copies of the weights that they do not fit into the L2; one graph computes all products, and the median
 // of its times counts, quantizing the activations included. Neighbours have different activations, as products of the
 // same would be computed together; those that models compute together, q, k and v, gate and up, come last. Arguments:
-// numbers of columns, all by default. With BUILD the build directory of a CUDA build:
-//     c++ -O2 -std=c++17 cuda_products.cpp -I../ggml_patches/src/ggml -IBUILD/llama.cpp/ggml/include
-//         -I$CUDA/include -LBUILD/bin -Wl,-rpath,BUILD/bin -lggml -lggml-base -lggml-cuda -L$CUDA/lib64 -lcudart
+// numbers of columns, all by default. For one column the kernel alone is measured too, of activations that are
+// quantized already. With G for BUILD/llama.cpp/ggml, where BUILD is the directory of a build with CUDA:
+//     nvcc -O2 -std=c++17 -DGGML_CUDA_USE_GRAPHS cuda_products.cu -I../ggml_patches/src/ggml
+//         -I../ggml_patches/src/ggml-cuda -IG/include -IG/src -IG/src/ggml-cuda -LBUILD/bin -lggml -lggml-base
+//         -lggml-cuda
 #include "ggml-alloc.h"
+#include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml-cuda.h"
 #include "ggml-pt2.h"
 #include "ggml.h"
-
-#include <cuda_runtime.h>
+#include "pt2-group.cuh"
 
 #include <algorithm>
 #include <chrono>
@@ -25,6 +27,11 @@ static const int WARMUPS = 4;
 
 static double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+static double median(std::vector<double> & times) {
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
 }
 
 static double copy_gbs() {
@@ -43,16 +50,87 @@ static double copy_gbs() {
     }
     cudaFree(a);
     cudaFree(b);
-    std::sort(t.begin(), t.end());
-    return 2.0 * n / t[t.size() / 2] / 1e9;
+    return 2.0 * n / median(t) / 1e9;
+}
+
+// How many copies of weights are more than the L2 holds.
+static int copies_of(const size_t bytes, const int64_t n) {
+    const size_t total = std::max<size_t>(n > 8 ? 200ull << 20 : 500ull << 20, 2 * bytes);
+    return std::max<int>(n > 8 ? 4 : 16, std::min<size_t>((total + bytes - 1) / bytes, 100));
+}
+
+static std::vector<uint32_t> random_weights(const size_t bytes) {
+    std::mt19937 rng(1);
+    std::vector<uint32_t> random(bytes / 4 + 1);
+    for (auto & r : random) {
+        r = rng() & 0xBFFFBFFF; // halves stay finite
+    }
+    return random;
+}
+
+// Of the matvec's kernel, one after the other as in a model.
+static double kernel_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t k) {
+    const size_t bytes = ggml_row_size(type, k) * m;
+    const int copies = copies_of(bytes, 1);
+    const ggml_init_params params = { ggml_tensor_overhead() * 1024, nullptr, true };
+    ggml_context * context = ggml_init(params);
+    ggml_tensor * x = ggml_new_tensor_2d(context, GGML_TYPE_F32, k, 1);
+    std::vector<ggml_tensor *> products;
+    for (int i = 0; i < copies; ++i) {
+        products.push_back(ggml_mul_mat(context, ggml_new_tensor_2d(context, type, k, m), x));
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(context, backend);
+    const std::vector<uint32_t> random = random_weights(bytes);
+    for (ggml_tensor * product : products) {
+        ggml_backend_tensor_set(product->src[0], random.data(), 0, bytes);
+    }
+    const std::vector<float> ones(k, 1.0f);
+    ggml_backend_tensor_set(x, ones.data(), 0, ggml_nbytes(x));
+
+    std::vector<double> times;
+    {
+        ggml_backend_cuda_context & cuda = *(ggml_backend_cuda_context *) backend->context;
+        cudaStream_t stream = cuda.stream();
+        const ggml_tensor * order[2] = { nullptr, nullptr };
+        const pt2_vec_activations activations(cuda, type, k / QK_PT2, 1);
+        pt2_quantize_vec(x, nullptr, order, 1, activations, stream);
+        cudaGraph_t graph;
+        cudaGraphExec_t executable;
+        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+        for (ggml_tensor * product : products) {
+            pt2_mul_mat_vec_quantized(cuda, { product, nullptr, product }, activations);
+        }
+        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+        CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+        cudaEvent_t start, end;
+        CUDA_CHECK(cudaEventCreate(&start));
+        CUDA_CHECK(cudaEventCreate(&end));
+        for (int i = 0; i < REPETITIONS + WARMUPS; ++i) {
+            float ms;
+            CUDA_CHECK(cudaEventRecord(start, stream));
+            CUDA_CHECK(cudaGraphLaunch(executable, stream));
+            CUDA_CHECK(cudaEventRecord(end, stream));
+            CUDA_CHECK(cudaStreamSynchronize(stream));
+            CUDA_CHECK(cudaEventElapsedTime(&ms, start, end));
+            if (i >= WARMUPS) {
+                times.push_back(ms * 1e3);
+            }
+        }
+        CUDA_CHECK(cudaEventDestroy(start));
+        CUDA_CHECK(cudaEventDestroy(end));
+        CUDA_CHECK(cudaGraphExecDestroy(executable));
+        CUDA_CHECK(cudaGraphDestroy(graph));
+    }
+    ggml_backend_buffer_free(buffer);
+    ggml_free(context);
+    return median(times) / copies;
 }
 
 // Of one product, or of gate, up and their GLU; `together` neighbours have the same activations.
 static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t k, int64_t n, bool perm, bool glu,
                       int together = 1) {
     const size_t bytes = ggml_row_size(type, k) * m * (glu ? 2 : 1);
-    const size_t total = std::max<size_t>(n > 8 ? 200ull << 20 : 500ull << 20, 2 * bytes);
-    const int copies = std::max<int>(n > 8 ? 4 : 16, std::min<size_t>((total + bytes - 1) / bytes, 100));
+    const int copies = copies_of(bytes, n);
     ggml_init_params params = { ggml_tensor_overhead() * 2048 + ggml_graph_overhead_custom(2048, false), nullptr,
                                 true };
     ggml_context * cw = ggml_init(params);
@@ -90,14 +168,11 @@ static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t
     ggml_backend_buffer_t bw = ggml_backend_alloc_ctx_tensors(cw, backend);
     ggml_backend_buffer_set_usage(bw, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     ggml_backend_buffer_t bx = ggml_backend_alloc_ctx_tensors(cx, backend);
-    std::mt19937 rng(1);
-    std::vector<uint32_t> random(ggml_row_size(type, k) * m / 4 + 1);
-    for (auto & r : random) {
-        r = rng() & 0xBFFFBFFF; // halves stay finite
-    }
+    const std::vector<uint32_t> random = random_weights(ggml_row_size(type, k) * m);
     for (ggml_tensor * t : w) {
         ggml_backend_tensor_set(t, random.data(), 0, ggml_nbytes(t));
     }
+    std::mt19937 rng(2);
     std::vector<float> xs(k * n);
     std::normal_distribution<float> normal;
     for (auto & v : xs) {
@@ -121,12 +196,11 @@ static double time_us(ggml_backend_t backend, ggml_type type, int64_t m, int64_t
             t.push_back(now() - t0);
         }
     }
-    std::sort(t.begin(), t.end());
     ggml_backend_buffer_free(bw);
     ggml_backend_buffer_free(bx);
     ggml_free(cw);
     ggml_free(cx);
-    return t[t.size() / 2] / copies * 1e6;
+    return median(t) / copies * 1e6;
 }
 
 int main(int argc, char ** argv) {
@@ -158,6 +232,10 @@ int main(int argc, char ** argv) {
                        2e-6 * products / us);
                 if (ggml_pt2_is_ternary(type)) {
                     printf("  with perm %9.2f us", time_us(backend, type, s.m, s.k, n, true, false));
+                }
+                if (ggml_pt2_is_ternary(type) && n == 1) {
+                    const double alone = kernel_us(backend, type, s.m, s.k);
+                    printf("  kernel alone %6.2f us %5.1f%%", alone, 100 * bytes / alone * 1e-3 / copy);
                 }
                 printf("\n");
                 fflush(stdout);
