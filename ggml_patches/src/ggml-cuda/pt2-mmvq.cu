@@ -263,7 +263,7 @@ __launch_bounds__(shape::warps * PT2_VEC_LANES, shape::resident) static __global
             sum += of_warps[threadIdx.y + other][i];
         }
     }
-    const float gate = gated == NO_GATE ? 0.0f : __shfl_down_sync(0xFFFFFFFF, sum, PT2_VEC_LANES / 2, PT2_VEC_LANES);
+    const float gate = gated == NO_GATE ? 0.0f : __shfl_xor_sync(0xFFFFFFFF, sum, PT2_VEC_LANES / 2, PT2_VEC_LANES);
     const int row = row0 + i % rows;
     if (threadIdx.x % lanes_of_sum != 0 || i >= ncols * rows || row >= product.nrows) {
         return;
