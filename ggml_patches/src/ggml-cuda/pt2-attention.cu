@@ -105,29 +105,21 @@ static void find_output(const ggml_cgraph * cgraph, const int at, pt2_attention 
     found.output = {};
     int i = at;
     ggml_tensor * product = take(cgraph, i, GGML_OP_MUL_MAT);
-    const auto once = [&](const int node) {
-        return ggml_node_get_use_count(cgraph, node) == 1 && !(cgraph->nodes[node]->flags & GGML_TENSOR_FLAG_OUTPUT);
-    };
-    for (int between = at - 1; between < i - 1; ++between) { // the attention and its views
-        if (!once(between)) {
-            return;
-        }
-    }
     if (!product || !pt2_is_product(product) || ggml_mul_mat_get_perm(product) || !is_given(product->src[0]) ||
         ggml_nrows(product->src[0]) != product->ne[0] || !is_all_of(product->src[1], found.attn) ||
         ggml_nrows(product->src[1]) != 1) {
         return;
     }
-    found.output = { product, nullptr, product };
-    found.n_nodes_output = found.n_nodes + i - at;
-    if (ggml_can_fuse(cgraph, i - 1, { GGML_OP_MUL_MAT, GGML_OP_ADD })) {
-        ggml_tensor * add = cgraph->nodes[i];
-        const ggml_tensor * bias = add->src[0] == product ? add->src[1] : add->src[0];
-        if (bias->type == GGML_TYPE_F32 && ggml_are_same_shape(bias, product) && ggml_is_contiguous(bias)) {
-            found.output.bias = bias;
-            found.output.dst = add;
-            found.n_nodes_output += 1;
+    for (int between = at - 1; between < i - 1; ++between) { // the attention and its views
+        if (ggml_node_get_use_count(cgraph, between) != 1 || cgraph->nodes[between]->flags & GGML_TENSOR_FLAG_OUTPUT) {
+            return;
         }
+    }
+    found.output = { product, pt2_added_to(cgraph, i - 1), product };
+    found.n_nodes_output = found.n_nodes + i - at;
+    if (found.output.bias) {
+        found.output.dst = cgraph->nodes[i];
+        found.n_nodes_output += 1;
     }
 }
 

@@ -32,17 +32,22 @@ static bool belong_together(const ggml_tensor * a, const ggml_tensor * b) {
            a->src[0]->nb[1] == b->src[0]->nb[1] && a->src[0]->buffer == b->src[0]->buffer;
 }
 
-// The bias that node i + 1 adds to a product of one column, or NULL.
-static const ggml_tensor * bias_of(const ggml_cgraph * cgraph, const int i) {
-    const ggml_tensor * node = cgraph->nodes[i];
-    if (node->src[1]->ne[1] != 1 || !ggml_can_fuse(cgraph, i, { GGML_OP_MUL_MAT, GGML_OP_ADD })) {
+const ggml_tensor * pt2_added_to(const ggml_cgraph * cgraph, const int i) {
+    if (!ggml_can_fuse(cgraph, i, { GGML_OP_MUL_MAT, GGML_OP_ADD })) {
         return nullptr;
     }
+    const ggml_tensor * product = cgraph->nodes[i];
     const ggml_tensor * add = cgraph->nodes[i + 1];
-    const ggml_tensor * bias = add->src[0] == node ? add->src[1] : add->src[0];
-    const bool fits =
-        is_weight(bias) && bias->type == GGML_TYPE_F32 && ggml_are_same_shape(bias, node) && ggml_is_contiguous(bias);
-    return fits ? bias : nullptr;
+    const ggml_tensor * other = add->src[0] == product ? add->src[1] : add->src[0];
+    const bool fits = product->src[1]->ne[1] == 1 && other->type == GGML_TYPE_F32 &&
+                      ggml_are_same_shape(other, product) && ggml_is_contiguous(other);
+    return fits ? other : nullptr;
+}
+
+// The bias that node i + 1 adds to a product of one column, or NULL.
+static const ggml_tensor * bias_of(const ggml_cgraph * cgraph, const int i) {
+    const ggml_tensor * added = pt2_added_to(cgraph, i);
+    return added && is_weight(added) ? added : nullptr;
 }
 
 // How many nodes a product takes.

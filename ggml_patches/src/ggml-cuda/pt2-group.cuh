@@ -30,14 +30,6 @@ struct pt2_group {
         };
     }
 
-    int64_t nrows() const {
-        int64_t sum = 0;
-        for (int i = 0; i < n; ++i) {
-            sum += products[i].nrows;
-        }
-        return sum;
-    }
-
     // Chooses the products' thread blocks and returns how many there are.
     int place(const int rows_per_block) {
         int nblocks = 0;
@@ -64,6 +56,9 @@ struct pt2_biased {
     const ggml_tensor * bias; // or NULL
     ggml_tensor * dst;        // of the two
 };
+
+// What node i + 1 adds to the MUL_MAT of one column that node i is, if nothing else needs that, or NULL.
+const ggml_tensor * pt2_added_to(const ggml_cgraph * cgraph, int i);
 
 // Activations that are x's RMS norm times weight.
 struct pt2_norm {

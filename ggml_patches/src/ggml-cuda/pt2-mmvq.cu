@@ -1,10 +1,9 @@
 // Matvec: 1 to 8 columns of activations, or experts for up to 8 tokens.
 //
-// Every warp computes a few rows on its own: nothing is shared between warps, so nothing waits for
-// them. A block of 128 weights is spread over 4 lanes (TQ2_1) or 2 (TQ1_1), and the activations lie
-// in memory in the order in which the lanes want them, so that all their loads are 16 bytes and
-// coalesced. What a warp needs of its rows is loaded for several steps at once, the first time
-// before the activations are even there.
+// One to three warps compute a few rows, each a part of their blocks, and meet once, at the end. A block of 128 weights
+// is spread over 4 lanes (TQ2_1) or 2 (TQ1_1), and the activations lie in memory in the order in which the lanes want
+// them, so that all their loads are 16 bytes and coalesced. What a warp needs of its rows is loaded for several steps
+// at once, the first time before the activations are even there.
 #include "mmq.cuh"
 #include "mmvq.cuh"
 #include "pt2-hopper.cuh"
@@ -105,7 +104,7 @@ template <ggml_type type_, int ncols_, gate_mode gated_, int rows_, int split_, 
     static constexpr int rows_of_block = warps / split * rows;
 
     // A warp's lanes have a group of blocks of a row. It loads so many groups of each row before it computes that they
-    // take 24 registers (TQ1_1: 20), or half of that where activations take the others.
+    // take 24 registers (TQ1_1: 20), or less where activations take the others.
     static constexpr int group = PT2_VEC_LANES / lanes::parts;
     static constexpr int of_rows =
         rows * matrices <= 2 ? lanes::steps : (2 * lanes::steps + rows * matrices - 1) / (rows * matrices);
@@ -113,9 +112,13 @@ template <ggml_type type_, int ncols_, gate_mode gated_, int rows_, int split_, 
     static constexpr int pass = split * steps * group; // blocks of a row at a time
 };
 
-template <typename shape>
-__launch_bounds__(shape::warps * PT2_VEC_LANES, shape::resident) static __global__
-    void mul_mat_vec(const mmv_args args) {
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+#define PT2_MMV_BOUNDS(shape) __launch_bounds__(shape::warps * PT2_VEC_LANES) // HIP means wavefronts by the other
+#else
+#define PT2_MMV_BOUNDS(shape) __launch_bounds__(shape::warps * PT2_VEC_LANES, shape::resident)
+#endif
+
+template <typename shape> PT2_MMV_BOUNDS(shape) static __global__ void mul_mat_vec(const mmv_args args) {
     constexpr ggml_type type = shape::type;
     constexpr gate_mode gated = shape::gated;
     constexpr int ncols = shape::ncols;
@@ -305,13 +308,13 @@ template <typename... shapes> static void launch_best(mmv_args args, const dim3 
     std::min_element(std::begin(all), std::end(all), better)->launch(args, grid_yz, stream);
 }
 
-// The shapes are what was fastest on an H200 (benchmarks/results/cuda-matvec-h200.log).
+// The shapes are what was fastest on an H200 (benchmarks/results/cuda-shapes-h200.log).
 template <ggml_type type, gate_mode gated>
 static void launch_gated(const mmv_args & args, const dim3 grid_yz, cudaStream_t stream) {
     if constexpr (type == GGML_TYPE_TQ2_1) {
         launch<mmv_shape<type, 1, gated, 4, 2, gated == GATE_HAS_Y ? 6 : 7>>(args, grid_yz, stream);
     } else {
-        launch<mmv_shape<type, 1, gated, 2, 1, 6>>(args, grid_yz, stream);
+        launch<mmv_shape<type, 1, gated, 2, 1, gated == GATE_HAS_Y ? 5 : 6>>(args, grid_yz, stream);
     }
 }
 
