@@ -91,9 +91,9 @@ static double kernel_us(ggml_backend_t backend, ggml_type type, int64_t m, int64
     {
         ggml_backend_cuda_context & cuda = *(ggml_backend_cuda_context *) backend->context;
         cudaStream_t stream = cuda.stream();
-        const ggml_tensor * order[2] = { nullptr, nullptr };
+        const ggml_tensor * in_order = nullptr;
         const pt2_vec_activations activations(cuda, type, k / QK_PT2, 1);
-        pt2_quantize_vec(x, nullptr, order, 1, activations, stream);
+        pt2_quantize_vec(x, nullptr, &in_order, 1, activations, stream);
         cudaGraph_t graph;
         cudaGraphExec_t executable;
         CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));

@@ -136,13 +136,17 @@ bool pt2_find_attention(const ggml_cgraph * cgraph, const int i, pt2_attention &
     }
     found.v = found.set_v->src[0];
     found.n_nodes = at - i;
-    find_output(cgraph, at, found);
     const int64_t head_size = rope_q->ne[0];
     const ggml_tensor * k = found.attn->src[1];
     const ggml_tensor * v = found.attn->src[2];
-    return is_known_rope(rope_q) && memcmp(rope_q->op_params, rope_k->op_params, sizeof(rope_q->op_params)) == 0 &&
-           rope_q->src[1] == rope_k->src[1] && rope_q->src[2] == rope_k->src[2] && rope_k->ne[0] == head_size &&
-           is_all_of(found.set_k->src[0], rope_k) && is_row_of(found.set_k, k, head_size) &&
-           is_row_of(found.set_v, v, head_size) && rope_k->ne[1] == k->ne[2] && v->ne[2] == k->ne[2] &&
-           v->ne[1] == k->ne[1] && rope_q->ne[1] % k->ne[2] == 0 && is_plain(found.attn, rope_q);
+    const bool fits =
+        is_known_rope(rope_q) && memcmp(rope_q->op_params, rope_k->op_params, sizeof(rope_q->op_params)) == 0 &&
+        rope_q->src[1] == rope_k->src[1] && rope_q->src[2] == rope_k->src[2] && rope_k->ne[0] == head_size &&
+        is_all_of(found.set_k->src[0], rope_k) && is_row_of(found.set_k, k, head_size) &&
+        is_row_of(found.set_v, v, head_size) && rope_k->ne[1] == k->ne[2] && v->ne[2] == k->ne[2] &&
+        v->ne[1] == k->ne[1] && rope_q->ne[1] % k->ne[2] == 0 && is_plain(found.attn, rope_q);
+    if (fits) {
+        find_output(cgraph, at, found);
+    }
+    return fits;
 }

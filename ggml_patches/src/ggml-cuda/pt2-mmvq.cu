@@ -210,7 +210,7 @@ template <typename shape> PT2_MMV_BOUNDS(shape) static __global__ void mul_mat_v
             if (ncols > 1 && !inside) {
                 break;
             }
-            const int group = inside ? t * step : args.nblocks_y - step - ib;
+            const int to_group = inside ? t * step : args.nblocks_y - step - ib;
             int u[matrices][rows][lanes::ints];
             float2 scales[matrices][rows];
 #pragma unroll
@@ -226,7 +226,7 @@ template <typename shape> PT2_MMV_BOUNDS(shape) static __global__ void mul_mat_v
                 lane_activations<type> activations[orders];
 #pragma unroll
                 for (int o = 0; o < orders; ++o) {
-                    const int to = j * args.nblocks_y + group;
+                    const int to = j * args.nblocks_y + to_group;
                     activations[o].load(y[o] + to * QK_PT2, ys[o] + to, part);
                 }
 #pragma unroll

@@ -123,7 +123,7 @@ static __global__ void quantize_mmq(const float * __restrict__ x, const int32_t 
     const float4 xi = ib < nblocks ? load_x(x, load_columns(perm, QK_PT2 * ib + 4 * lane)) : make_float4(0, 0, 0, 0);
 
     // The scale is rounded before it is used, so that only the digits carry an error.
-    const half d = __float2half(max_of_eight(abs_max(xi)) / 127.0f);
+    const half d = __float2half(warp_reduce_max<8>(abs_max(xi)) / 127.0f);
     const char4 q = quantize(xi, __half2float(d));
     const half2 ds = make_half2(d, __float2half(__half2float(d) * (float) sum_of_eight(sum(q))));
 

@@ -24,14 +24,7 @@ static __device__ __forceinline__ int sum_of_lanes(int v, const int first, const
     return sum;
 }
 
-static __device__ __forceinline__ float max_of_eight(float v) {
-#pragma unroll
-    for (int offset = 4; offset > 0; offset >>= 1) {
-        v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFF, v, offset, WARP_SIZE));
-    }
-    return v;
-}
-
+// (Upstream's sum of integers is of whole warps, whatever the width, since Ampere.)
 static __device__ __forceinline__ int sum_of_eight(int v) {
 #pragma unroll
     for (int offset = 4; offset > 0; offset >>= 1) {
@@ -68,7 +61,7 @@ static __device__ __forceinline__ void store_quantized(const float4 x, const int
     if constexpr (type == GGML_TYPE_TQ2_1) {
         // a lane of the matvec: two ints of every plane
         const int plane = lane / 8;
-        const float d = max_of_eight(abs_max(x)) / 127.0f;
+        const float d = warp_reduce_max<8>(abs_max(x)) / 127.0f;
         const char4 q = quantize(x, d);
         const int s = sum_of_eight(sum(q));
         const float own = (float) s * d;
